@@ -1,0 +1,203 @@
+"""Runs the rules over a captured graph: which channels are one, which are fixed, and what must stay rectangular."""
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from speedup.atoms import Classes, Flow, Index, Labels, Mask, Pin, Plane, solve, support
+from speedup.capture import Captured
+from speedup.rules import Call, Rule, rule_for
+from speedup.rules.call import hint, sizes, symbolic_dims
+
+aten = torch.ops.aten
+_GROUPED = frozenset(
+    {
+        aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding,
+        aten.conv3d.padding, aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What the labels say about a captured model.
+
+    Attributes:
+        captured: The graph.
+        labels: Labels of every tensor node by node name; a list for nodes with several outputs.
+        parameters: Labels of every parameter and buffer by its qualified name.
+        aliases: For each name under which a tensor is registered, the name that ``parameters`` uses.
+        classes: The atoms, sorted into classes.
+        unknown: Nodes whose operator has no rule.
+    """
+
+    captured: Captured
+    labels: Mapping[str, Labels | list[Labels]]
+    parameters: Mapping[str, Labels]
+    aliases: Mapping[str, str]
+    classes: Classes
+    unknown: tuple[fx.Node, ...]
+
+    def pinned_by(self, planes: tuple[Plane, ...]) -> Pin | None:
+        """The first reason that fixes an atom of ``planes``."""
+        for plane in planes:
+            for position in self.classes.pin_of[np.unique(self.classes.plane(plane))]:
+                if position >= 0:
+                    return self.classes.pins[position]
+        return None
+
+    def kept(self, name: str, live: Mask) -> list[Index | None]:
+        """For each dimension of parameter ``name`` the indices whose labels live, None where all do."""
+        labels = self.parameters[name]
+        keeps: list[Index | None] = [None] * len(labels.shape)
+        for plane in labels.planes:
+            dims = support(plane)
+            if len(dims) == 1:
+                alive = live[self.classes.plane(plane)]
+                if not alive.all():
+                    keeps[dims[0]] = np.flatnonzero(alive)
+        return keeps
+
+
+def analyse(captured: Captured) -> Analysis:
+    """Returns the labels of every tensor of ``captured``, found in one pass over its graph."""
+    flow = Flow()
+    names = tensor_names(captured.graph_module)
+    joint = _joint_parameters(captured.nodes, names)
+    parameters: dict[str, Labels] = {}
+    labels: dict[str, Any] = {}
+    unknown = []
+    for node in captured.nodes:
+        flow.node, flow.kind = node.name, ""
+        if node.op == "get_attr":
+            name = names.get(str(node.target), str(node.target))
+            if name not in parameters:
+                parameters[name] = _parameter(flow, attribute(captured.graph_module, name), name in joint)
+            labels[node.name] = parameters[name]
+        elif node.op == "placeholder":
+            value = node.meta.get("val")
+            labels[node.name] = Labels(sizes(value)) if isinstance(value, Tensor) else hint(value)
+        elif node.op == "output":
+            for tensor in _tensors(fx.node.map_arg(node.args, lambda n: labels[n.name])):
+                flow.pin_all(tensor, "is an output of the model")
+        elif node.target is operator.getitem and isinstance(labels[node.args[0].name], list | tuple):  # type: ignore[union-attr]  # a node
+            labels[node.name] = labels[node.args[0].name][node.args[1]]  # type: ignore[union-attr,index]  # a node and an int
+        elif not isinstance(node.meta.get("val"), Tensor | list | tuple):
+            labels[node.name] = hint(node.meta.get("val"))
+        else:
+            call = bind(node, labels, captured)
+            rule = rule_for(node.target)
+            if rule is None:
+                unknown.append(node)
+            labels[node.name] = _run(flow, call, rule)
+    return Analysis(
+        captured, labels, parameters, names, solve(flow), tuple(unknown)
+    )
+
+
+def _run(flow: Flow, call: Call, rule: Rule | None) -> Labels | list[Labels]:
+    several = isinstance(call.node.meta["val"], list | tuple)
+    if rule is not None:
+        flow.kind = rule.kind
+        outcome = rule.flow(flow, call)
+        if several and isinstance(outcome, Labels):
+            return [outcome]
+        return outcome
+    for tensor in call.tensors():
+        flow.pin_all(tensor, f"goes into {call.node.target}, an operator without a rule")
+    unlabelled = [Labels(shape) for shape in call.outputs]
+    return unlabelled if several else unlabelled[0]
+
+
+def bind(node: fx.Node, labels: Mapping[str, Any], captured: Captured) -> Call:
+    """Returns the call of ``node`` with every argument by name, tensors as labels and numbers as in the example."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]  # call_function nodes hold OpOverloads
+    raw = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    raw |= {argument.name: value for argument, value in zip(schema, node.args, strict=False)}
+    raw |= node.kwargs
+    constants = {}
+    for name, value in raw.items():
+        if isinstance(value, fx.Node) and value.op == "get_attr":
+            constants[name] = attribute(captured.graph_module, str(value.target))
+        elif isinstance(value, list | tuple):
+            known = {i: item for i, item in enumerate(value) if isinstance(item, fx.Node) and item.op == "get_attr"}
+            constants[name] = {i: attribute(captured.graph_module, str(item.target)) for i, item in known.items()}
+    value = node.meta["val"]
+    outputs = value if isinstance(value, list | tuple) else [value]
+    values = {name: fx.node.map_arg(item, lambda n: labels[n.name]) for name, item in raw.items()}
+    return Call(
+        node,
+        {name: list(item) if isinstance(item, tuple) else item for name, item in values.items()},
+        tuple(sizes(output) for output in outputs if isinstance(output, Tensor)),
+        tuple(symbolic_dims(output) for output in outputs if isinstance(output, Tensor)),
+        constants,
+    )
+
+
+def attribute(module: nn.Module, name: str) -> Tensor:
+    """The tensor registered in ``module`` under the qualified ``name``."""
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def tensor_names(graph_module: fx.GraphModule) -> dict[str, str]:
+    """For every name that the graph reads, the first name of the same tensor: tied weights are one tensor."""
+    first: dict[int, str] = {}
+    names = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr" and isinstance(node.meta.get("val"), Tensor):
+            name = str(node.target)
+            names[name] = first.setdefault(id(attribute(graph_module, name)), name)
+    return names
+
+
+def _parameter(flow: Flow, tensor: Tensor, joint: bool) -> Labels:
+    """A parameter's labels: one plane for each dimension; a grouped weight has its second one for each output."""
+    shape = tuple(tensor.shape)
+    if not tensor.is_floating_point() and not tensor.is_complex():
+        return Labels(shape)
+    spans = [[dim] for dim, size in enumerate(shape) if size > 1]
+    if joint:
+        spans = [[0, 1] if span == [1] else span for span in spans]
+    return Labels(shape, tuple(flow.mint(shape, span) for span in spans))
+
+
+def _joint_parameters(nodes: list[fx.Node], names: Mapping[str, str]) -> set[str]:
+    """Names of the weights of grouped convolutions, whose second dimension means other channels in each group."""
+    found = set()
+    for node in nodes:
+        if node.target not in _GROUPED or _groups(node) == 1:
+            continue
+        weight = node.args[1]
+        while isinstance(weight, fx.Node) and weight.op != "get_attr":
+            shape = sizes(weight.meta["val"])
+            sources = [n for n in weight.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+            weight = next((n for n in sources if sizes(n.meta["val"]) == shape), None)
+        if isinstance(weight, fx.Node):
+            found.add(names[str(weight.target)])
+    return found
+
+
+def _groups(node: fx.Node) -> int:
+    arguments = node.target._schema.arguments  # type: ignore[union-attr]  # a convolution is an OpOverload
+    position = [argument.name for argument in arguments].index("groups")
+    return int(node.args[position] if len(node.args) > position else node.kwargs.get("groups", 1))  # type: ignore[arg-type]  # an int
+
+
+def _tensors(value: Any) -> list[Labels]:
+    if isinstance(value, Labels):
+        return [value]
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in _tensors(item)]
+    if isinstance(value, Mapping):
+        return [tensor for item in value.values() for tensor in _tensors(item)]
+    return []
+

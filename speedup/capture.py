@@ -1,0 +1,184 @@
+"""A model in, one graph of ATen calls out: the only place that knows ``torch.export``.
+
+The graph keeps composite operators (``conv2d``, ``linear``, ``layer_norm``, ...), every shape, the fully
+qualified name of every parameter and the line of Python that made each node.
+"""
+
+import copy
+import itertools
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+from speedup.errors import CaptureError
+
+ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model as a graph.
+
+    Attributes:
+        model: The user's own module, never changed.
+        graph_module: The captured graph; its ``get_attr`` nodes name the tensors of ``model``, which it shares.
+        args: Positional example inputs, with a batch of two or more.
+        kwargs: Keyword example inputs, likewise.
+    """
+
+    model: nn.Module
+    graph_module: fx.GraphModule
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """The nodes of the graph in the order in which they run."""
+        return list(self.graph_module.graph.nodes)
+
+    def flat_inputs(self) -> list[Any]:
+        """The example inputs, one for each placeholder."""
+        return pytree.tree_leaves((self.args, self.kwargs))
+
+
+def split_inputs(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns example inputs of any accepted form as positional and keyword arguments."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+def batch_size(inputs: Any) -> int:
+    """Returns the size of the first dimension of the first tensor found in ``inputs``, or 1."""
+    sizes = (t.shape[0] for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.dim())
+    return next(sizes, 1)
+
+
+def with_batch(inputs: Any, batch: int) -> Any:
+    """Returns ``inputs`` with a batch of ``batch``: tensors that carry the batch are repeated or cut along dimension 0."""
+    present = batch_size(inputs)
+
+    def resize(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != present:
+            return leaf
+        rounds = -(-batch // present)
+        return leaf.repeat(rounds, *[1] * (leaf.dim() - 1))[:batch]
+
+    return pytree.tree_map(resize, inputs)
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Puts ``models`` into eval mode and gives each submodule its own mode back afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    try:
+        for model in models:
+            model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer hides its structure
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for module, mode in modes:
+            module.training = mode
+
+
+def capture(model: nn.Module, example_inputs: ExampleInputs) -> Captured:
+    """Returns ``model`` as a graph whose batch dimension is dynamic.
+
+    The model is captured in eval mode and is left as it was. An example with a batch of one is repeated to two,
+    because ``torch.export`` takes a size of one for a constant.
+
+    Args:
+        model: Any module that ``torch.export`` can capture whole.
+        example_inputs: A tensor, a tuple of positional inputs or a mapping of keyword inputs.
+
+    Raises:
+        CaptureError: The model raises on the example, or cannot be captured whole.
+    """
+    name = type(model).__name__
+    args, kwargs = split_inputs(example_inputs)
+    with evaluating(model):
+        try:
+            with torch.no_grad():
+                model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+        except Exception as error:  # whatever the user's code raises is the user's to read
+            raise CaptureError(
+                f"{name}: raises {type(error).__name__} on the example inputs ({_first_line(error)}). "
+                f"Check the shapes and types of the inputs: {_describe((args, kwargs))}."
+            ) from error
+        refusal: Exception | None = None
+        for args, kwargs, dynamic in _attempts(args, kwargs):
+            try:
+                exported = _export(model, args, kwargs, dynamic)
+            except Exception as error:  # torch.export has no common error class
+                refusal = refusal or error
+                continue
+            return Captured(model, exported, args, kwargs)
+    assert refusal is not None
+    raise CaptureError(
+        f"{name}: torch.export cannot capture it whole ({_first_line(refusal)}). "
+        "Remove control flow that depends on data, or prune a submodule."
+    ) from refusal
+
+
+def _attempts(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], bool]]:
+    """Yields example inputs to try: a dynamic batch first, the example exactly as it is last."""
+    if batch_size((args, kwargs)) < 2:
+        wide_args, wide_kwargs = with_batch((args, kwargs), 2)
+        yield wide_args, wide_kwargs, True
+    else:
+        yield args, kwargs, True
+    yield args, kwargs, False
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool) -> fx.GraphModule:
+    batch = batch_size((args, kwargs))
+
+    def spec(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and dynamic and leaf.dim() and leaf.shape[0] == batch:
+            return {0: Dim.AUTO}
+        return None
+
+    shapes = [pytree.tree_map(spec, value) for value in itertools.chain(args, kwargs.values())]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # notes of torch.export on its own internals
+        exported = torch.export.export(
+            model, args, kwargs, dynamic_shapes=_by_parameter(model, args, kwargs, shapes), strict=False
+        )
+        return exported.module(check_guards=False)  # type: ignore[return-value]  # declared as nn.Module
+
+
+def _by_parameter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: list[Any]) -> Any:
+    """Returns the dynamic shapes in the form ``torch.export`` wants: by name as soon as there is a keyword."""
+    if not kwargs:
+        return tuple(shapes)
+    import inspect
+
+    names = list(inspect.signature(model.forward).parameters)[: len(args)] + list(kwargs)
+    return dict(zip(names, shapes, strict=True))
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _describe(inputs: Any) -> str:
+    parts = [
+        f"{'x'.join(map(str, leaf.shape)) or 'scalar'} {str(leaf.dtype).removeprefix('torch.')}"
+        for leaf in pytree.tree_leaves(inputs)
+        if isinstance(leaf, Tensor)
+    ]
+    return ", ".join(parts) or "no tensors"

@@ -1,0 +1,21 @@
+"""The errors of both packages: one line each, made of a subject, a fact and a remedy."""
+
+
+class SpeedupError(Exception):
+    """A mistake or a limit that the user can do something about; its text is one line."""
+
+
+class CaptureError(SpeedupError):
+    """The model could not be turned into a graph."""
+
+
+class PlanError(SpeedupError):
+    """A plan or a set of masks does not fit the model."""
+
+
+class ProofError(SpeedupError):
+    """The shrunk model is not equal to the masked original."""
+
+
+class ExportError(SpeedupError):
+    """A file could not be written, or does not compute what the model computes."""

@@ -1,0 +1,27 @@
+"""How labels flow through each operator: one table from ATen operators to rules."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from speedup.rules import contraction, movement, norm, pointwise, reduction
+from speedup.rules.call import Call, Outcome, Rule
+
+__all__ = ["RULES", "Call", "Outcome", "Rule", "rule_for"]
+
+RULES: Mapping[Any, Rule] = MappingProxyType(
+    {**pointwise.RULES, **movement.RULES, **contraction.RULES, **norm.RULES, **reduction.RULES}
+)
+
+
+def rule_for(target: Any) -> Rule | None:
+    """Returns the rule of an operator, or None: an operator without a rule is never guessed at.
+
+    Operators that PyTorch itself tags as pointwise need no entry of their own.
+    """
+    found = RULES.get(target)
+    if found is None and torch.Tag.pointwise in getattr(target, "tags", ()):
+        return pointwise.TAGGED
+    return found

@@ -1,0 +1,175 @@
+"""Products that sum over shared dimensions: y = sum over the contracted letters of the product of the operands.
+
+All of them are one thing: the operands are spread over a common index space, meet there as in a pointwise product,
+and the contracted dimensions are summed away. What varies along batch dimensions, and slabs, follow from that.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from speedup.atoms import Flow, Labels, Plane, broadcast, narrowed, settle, support
+from speedup.rules.call import Call, Rule
+
+aten = torch.ops.aten
+
+
+def spread(labels: Labels, letters: Sequence[str], space: Sequence[str]) -> Labels:
+    """``labels``, whose dimensions are named ``letters``, as a tensor over ``space``, size 1 where it has no letter."""
+    order = sorted(range(len(letters)), key=lambda dim: space.index(letters[dim]))
+    present = {letters[dim] for dim in order}
+    index = tuple(slice(None) if letter in present else None for letter in space)
+    planes = tuple(plane.permute(order)[index] for plane in labels.planes)
+    named = dict(zip(letters, labels.shape, strict=True))
+    return Labels(tuple(named.get(letter, 1) for letter in space), planes)
+
+
+def contract(flow: Flow, operands: Sequence[tuple[Labels, Sequence[str]]], out: Sequence[str]) -> Labels:
+    """The labels of ``einsum``: operands with their letters, and the letters that stay."""
+    letters = list(dict.fromkeys([*out, *(letter for _, names in operands for letter in names)]))
+    known: dict[str, int] = {}
+    for labels, names in operands:
+        for letter, size in zip(names, labels.shape, strict=True):
+            known[letter] = max(size, known.get(letter, 1))
+    space = [known[letter] for letter in letters]
+    met = flow.meet([spread(labels, names, letters) for labels, names in operands], space, "is multiplied by a tensor whose size is fixed")
+    return flow.reduce(met, range(len(out), len(letters)))
+
+
+def linear(flow: Flow, call: Call) -> Labels:
+    """y[..., o] = sum_i x[..., i] W[o, i] + b[o]."""
+    x, weight = call["input"], call["weight"]
+    lead = [f"x{dim}" for dim in range(len(x.shape) - 1)]
+    out = contract(flow, [(x, [*lead, "i"]), (weight, ["o", "i"][-len(weight.shape) :])], [*lead, "o"])
+    return flow.meet([out, call["bias"]], call.shape) if call.get("bias") else out
+
+
+def matmul(flow: Flow, call: Call) -> Labels:
+    """y[..., m, n] = sum_k a[..., m, k] b[..., k, n], batch dimensions broadcast."""
+    a, b = call.tensors()[:2]
+    return flow.meet([product(flow, a, b)], call.shape)
+
+
+def product(flow: Flow, a: Labels, b: Labels) -> Labels:
+    """The labels of ``a @ b``."""
+    vector_a, vector_b = len(a.shape) == 1, len(b.shape) == 1
+    rank = max(len(a.shape), len(b.shape), 2)
+    lead = [f"x{dim}" for dim in range(rank - 2)]
+    first = ["k"] if vector_a else [*lead[rank - len(a.shape) :], "m", "k"]
+    second = ["k"] if vector_b else [*lead[rank - len(b.shape) :], "k", "n"]
+    out = [*lead, *([] if vector_a else ["m"]), *([] if vector_b else ["n"])]
+    return contract(flow, [(a, first), (b, second)], out)
+
+
+def addmm(flow: Flow, call: Call) -> Labels:
+    """y = c + a @ b."""
+    c, a, b = call.tensors()
+    return flow.meet([c, product(flow, a, b)], call.shape)
+
+
+def einsum(flow: Flow, call: Call) -> Labels:
+    """y = einsum(equation, operands), without ellipsis or repeated letters; otherwise everything is pinned."""
+    equation = str(call["equation"]).replace(" ", "")
+    operands: list[Labels] = call["tensors"]
+    inputs, arrow, out = equation.partition("->")
+    names = inputs.split(",")
+    if not arrow or "." in equation or any(len(set(word)) < len(word) for word in names):
+        for operand in operands:
+            flow.pin_all(operand, f"goes through einsum {equation!r}, which has an ellipsis or a diagonal")
+        return Labels(call.shape)
+    return contract(flow, list(zip(operands, names, strict=True)), out)
+
+
+def convolution(flow: Flow, call: Call) -> Labels:
+    """y[b, (g, o), ...] = sum_i x[b, (g, i), ...] * W[(g, o), i, ...]: groups are a batch dimension, space is free."""
+    return _convolved(flow, call, transposed=False)
+
+
+def transposed_convolution(flow: Flow, call: Call) -> Labels:
+    """y[b, (g, o), ...] = sum_i x[b, (g, i), ...] * W[(g, i), o, ...], spread over space."""
+    return _convolved(flow, call, transposed=True)
+
+
+def _convolved(flow: Flow, call: Call, transposed: bool) -> Labels:
+    x, weight, groups = call["input"], call["weight"], int(call["groups"])
+    rank = len(weight.shape)
+    x = _channels(flow, broadcast(x, (1,) * (rank - len(x.shape)) + x.shape), "varies over the space of a convolution")
+    weight = _channels(flow, weight, "is a kernel dimension", structural=True)
+    batch, channels = x.shape
+    first, second = weight.shape
+    inputs = _viewed(x, (batch, groups, channels // groups))
+    outer, inner = ("i", "o") if transposed else ("o", "i")
+    joint = [plane for plane in weight.planes if len(support(plane)) == 2]
+    if joint:
+        carried = (flow.mint((groups, second), [0, 1]),) if transposed else tuple(p[0] for p in inputs.planes)
+        _tie_joint(flow, joint[0].reshape(groups, -1, second), carried)
+        rest = Labels((first, 1), tuple(plane[:, :1] for plane in weight.planes if plane is not joint[0]))
+        operands = [(_viewed(rest, (groups, first // groups)), ["g", outer])]
+        operands += [(Labels((groups, second), carried), ["g", "o"])] if transposed else []
+    else:
+        operands = [(_viewed(weight, (groups, first // groups, second)), ["g", outer, inner])]
+    out = contract(flow, [(inputs, ["b", "g", "i"]), *operands], ["b", "g", "o"])
+    y = _viewed(out, (batch, out.shape[1] * out.shape[2]))
+    if call.get("bias"):
+        y = flow.meet([y, call["bias"]], y.shape)
+    planes = [plane[(..., *(None,) * (rank - 2))] for plane in y.planes]
+    return Labels(call.shape, tuple((plane if len(call.shape) == rank else plane[0]).expand(call.shape) for plane in planes))
+
+
+def _tie_joint(flow: Flow, joint: Plane, carried: Sequence[Plane]) -> None:
+    """Gives every element of a grouped weight, shape (groups, outer, inner), the label carried at (group, inner)."""
+    for plane in carried:
+        flow.unite(joint, plane[:, None].expand(joint.shape))
+    if not carried:
+        flow.pin(joint, "is multiplied by a tensor whose size is fixed")
+
+
+def _channels(flow: Flow, labels: Labels, reason: str, structural: bool = False) -> Labels:
+    """The first two dimensions of ``labels``; the others must stay as they are."""
+    frozen = flow.freeze(labels, range(2, len(labels.shape)), reason, structural)
+    return Labels(labels.shape[:2], tuple(plane[(..., *(0,) * (plane.dim() - 2))] for plane in frozen.planes))
+
+
+def _viewed(labels: Labels, shape: tuple[int, ...]) -> Labels:
+    return Labels(shape, tuple(plane.reshape(shape) for plane in labels.planes))
+
+
+def attention(flow: Flow, call: Call) -> Labels:
+    """y = softmax(q k^T * scale + mask) v, over heads (batch), queries and keys (fixed) and the width of a head."""
+    q, k, v = call["query"], call["key"], call["value"]
+    if call.get("enable_gqa"):
+        k, v = (_repeated(labels, q.shape[-3]) for labels in (k, v))
+    rank = len(q.shape)
+    lead = [f"x{dim}" for dim in range(rank - 2)]
+    scores = contract(flow, [(q, [*lead, "m", "k"]), (k, [*lead, "n", "k"])], [*lead, "m", "n"])
+    if call.get("attn_mask"):
+        scores = flow.meet([scores, call["attn_mask"]], scores.shape)
+    scores = flow.freeze(scores, [rank - 2, rank - 1], "is a position in attention")
+    return flow.meet([contract(flow, [(scores, [*lead, "m", "n"]), (v, [*lead, "n", "o"])], [*lead, "m", "o"])], call.shape)
+
+
+def _repeated(labels: Labels, heads: int) -> Labels:
+    dim = len(labels.shape) - 3
+    shape = (*labels.shape[:dim], heads, *labels.shape[dim + 1 :])
+    rounds = heads // labels.shape[dim]
+    planes = (narrowed(p, [dim]).repeat_interleave(rounds, dim) for p in labels.planes)
+    return Labels(shape, tuple(settle(plane.expand(shape)) for plane in planes))
+
+
+_MATMULS = (aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default)
+
+RULES = {
+    aten.linear.default: Rule("contraction", linear),
+    **dict.fromkeys(_MATMULS, Rule("contraction", matmul)),
+    **dict.fromkeys((aten.addmm.default, aten.baddbmm.default), Rule("contraction", addmm)),
+    aten.einsum.default: Rule("contraction", einsum),
+    **dict.fromkeys(
+        (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
+        Rule("contraction", convolution),
+    ),
+    **dict.fromkeys(
+        (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
+        Rule("contraction", transposed_convolution),
+    ),
+    aten.scaled_dot_product_attention.default: Rule("attention", attention),
+}

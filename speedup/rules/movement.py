@@ -1,0 +1,359 @@
+"""Operators that move elements and compute nothing: they are executed on the planes literally."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speedup.atoms import Flow, Labels, Plane, core, narrowed, settle, support
+from speedup.rules.call import Call, Rule
+
+aten = torch.ops.aten
+
+
+def reshape(flow: Flow, call: Call) -> Labels:
+    """y = x in row-major order under another shape."""
+    return _like_other(flow, call, flow.reshape(call.tensors()[0], call.shape))
+
+
+def literal(flow: Flow, call: Call) -> Labels | list[Labels]:
+    """y = op(x) for an operator that reorders or drops whole dimensions: the planes go through the operator itself."""
+    x = call.tensors()[0]
+    arguments = {name: value for name, value in call.values.items() if not isinstance(value, Labels)}
+    moved = [call.node.target(plane, **arguments) for plane in x.planes]  # type: ignore[operator]  # an OpOverload
+    if len(call.outputs) == 1 and not isinstance(call.node.meta["val"], list | tuple):
+        return Labels(call.shape, tuple(moved))
+    return [
+        Labels(shape, tuple(parts[position] for parts in moved)) for position, shape in enumerate(call.outputs)
+    ]
+
+
+def along(flow: Flow, call: Call) -> Labels:
+    """y = op(x) for an operator that acts along a few dimensions (roll, flip, slice, select by constant index)."""
+    x = call.tensors()[0]
+    touched = set(call.dims(len(x.shape), "dims" if "dims" in call.values else "dim"))
+    return Labels(call.shape, tuple(_executed(call, plane, touched) for plane in x.planes))
+
+
+def _executed(call: Call, plane: Plane, touched: set[int]) -> Plane:
+    if not touched.intersection(support(plane)):
+        touched = set()
+    arguments = {name: value for name, value in call.values.items() if not isinstance(value, Labels)}
+    arguments |= {name: value for name, value in call.constants.items() if name != "self"}
+    if not touched:
+        return narrowed(plane).expand(call.shape)
+    moved: Tensor = call.node.target(narrowed(plane, touched), **arguments)  # type: ignore[operator]  # an OpOverload
+    return settle(moved.expand(call.shape))
+
+
+def index_select(flow: Flow, call: Call) -> Labels:
+    """y[..., i, ...] = x[..., index[i], ...]: literal where the index is a constant, else ``dim`` is frozen."""
+    x = call["self"]
+    if "index" in call.constants:
+        return along(flow, call)
+    dim = call.dim(len(x.shape))
+    frozen = flow.freeze(x, [dim], "is indexed by a tensor that depends on the input")
+    return Labels(call.shape, tuple(narrowed(plane).expand(call.shape) for plane in frozen.planes))
+
+
+def split(flow: Flow, call: Call) -> list[Labels]:
+    """y_k = the k-th part of x along ``dim``; parts of equal size stay equal."""
+    x = call["self"]
+    dim = call.dim(len(x.shape))
+    starts = [0]
+    for shape in call.outputs:
+        starts.append(starts[-1] + shape[dim])
+    equal = len({shape[dim] for shape in call.outputs}) == 1 and len(call.outputs) > 1
+    if equal and call.node.target is not aten.split_with_sizes.default:
+        for plane in x.along(dim):
+            parts = plane.unflatten(dim, (len(call.outputs), -1))
+            if dim in support(parts):
+                flow.block(parts, [dim])
+    return [
+        Labels(shape, tuple(plane.narrow(dim, start, shape[dim]) for plane in x.planes))
+        for start, shape in zip(starts, call.outputs, strict=False)
+    ]
+
+
+def cat(flow: Flow, call: Call) -> Labels:
+    """y = x_0, x_1, ... along ``dim``; across the other dimensions the operands are one."""
+    operands = [operand for operand in call["tensors"] if operand.shape != (0,)]
+    dim = call.dim(len(call.shape))
+    others = [
+        Labels(
+            tuple(1 if d == dim else size for d, size in enumerate(operand.shape)),
+            tuple(plane.narrow(dim, 0, 1) for plane in operand.planes if dim not in support(plane)),
+        )
+        for operand in operands
+    ]
+    carried = [plane.expand(call.shape) for plane in flow.meet(others, others[0].shape).planes]
+    if any(operand.along(dim) for operand in operands):
+        pieces = [_piece(flow, operand, dim) for operand in operands]
+        varying = {d for piece in pieces for d in support(piece)} | {dim}
+        joined = torch.cat([narrowed_to(piece, varying) for piece in pieces], dim)
+        carried.append(settle(joined.expand(call.shape)))
+    return Labels(call.shape, tuple(carried))
+
+
+def _piece(flow: Flow, operand: Labels, dim: int) -> Plane:
+    """The plane that ``operand`` brings along ``dim``; fixed atoms where it has none."""
+    planes = operand.along(dim)
+    if planes:
+        for extra in planes[1:]:
+            flow.pin(extra, "a second set of labels meets a concatenation")
+        return planes[0]
+    minted = flow.mint(operand.shape, [dim])
+    flow.pin(minted, "is concatenated with a tensor whose size is fixed")
+    return minted
+
+
+def narrowed_to(plane: Plane, dims: set[int]) -> Plane:
+    """``plane`` with size 1 along all but ``dims``."""
+    return plane[tuple(slice(None) if dim in dims else slice(0, 1) for dim in range(plane.dim()))]
+
+
+def stack(flow: Flow, call: Call) -> Labels:
+    """y[k] = x_k: a new dimension of fixed size."""
+    operands: Sequence[Labels] = call["tensors"]
+    dim = call.dim(len(call.shape))
+    united = flow.meet(operands, operands[0].shape)
+    return Labels(call.shape, tuple(plane.unsqueeze(dim).expand(call.shape) for plane in united.planes))
+
+
+def pad(flow: Flow, call: Call) -> Labels:
+    """y = x with constant borders: along a labelled dimension the border brings atoms of its own."""
+    x: Labels = call["self"]
+    amounts: list[int] = list(call["pad"])
+    rank = len(x.shape)
+    borders = {rank - 1 - i: (amounts[2 * i], amounts[2 * i + 1]) for i in range(len(amounts) // 2)}
+    borders = {dim: border for dim, border in borders.items() if border != (0, 0)}
+    if call.get("mode", "constant") != "constant":
+        x = flow.freeze(x, borders, "is padded by reflection or repetition")
+    planes = []
+    for plane in x.planes:
+        shape = list(plane.shape)
+        for dim, border in borders.items():
+            if dim in support(plane):
+                plane = _bordered(flow, plane, dim, border)
+            shape[dim] = call.shape[dim]
+            plane = plane.expand(shape) if plane.shape[dim] == shape[dim] else narrowed(plane).expand(shape)
+        planes.append(plane)
+    return Labels(call.shape, tuple(planes))
+
+
+def _bordered(flow: Flow, plane: Plane, dim: int, border: tuple[int, int]) -> Plane:
+    """``plane`` with new atoms before and after it along ``dim``; a negative amount cuts."""
+    before, after = border
+    inner = narrowed(plane).narrow(dim, max(-before, 0), plane.shape[dim] + min(before, 0) + min(after, 0))
+
+    def filler(amount: int) -> Plane:
+        return flow.mint([max(amount, 0) if d == dim else size for d, size in enumerate(inner.shape)], [dim])
+
+    joined = torch.cat([filler(before), inner, filler(after)], dim)
+    return joined.expand([joined.shape[dim] if d == dim else size for d, size in enumerate(plane.shape)])
+
+
+def expand(flow: Flow, call: Call) -> Labels:
+    """y = x repeated along dimensions of size 1: what is repeated can shrink, so it brings atoms of its own."""
+    x = call.tensors()[0]
+    missing = len(call.shape) - len(x.shape)
+    old = (1,) * missing + x.shape
+    grown = [
+        dim
+        for dim, size in enumerate(call.shape)
+        if size > 1 and old[dim] == 1 and dim not in call.batch_dims[0]
+    ]
+    planes = [plane[(None,) * missing].expand(call.shape) for plane in x.planes]
+    return _like_other(flow, call, Labels(call.shape, (*planes, *(flow.mint(call.shape, [dim]) for dim in grown))))
+
+
+def _like_other(flow: Flow, call: Call, labels: Labels) -> Labels:
+    """``labels``, tied to the tensor whose shape they take where the operator has one."""
+    return flow.meet([labels, call["other"]], call.shape) if call.get("other") else labels
+
+
+def repeat(flow: Flow, call: Call) -> Labels:
+    """y = x tiled: literal, and atoms of its own where a dimension of size 1 is repeated."""
+    x = call["self"]
+    missing = len(call.shape) - len(x.shape)
+    old = (1,) * missing + x.shape
+    repeats = list(call["repeats"])
+    planes = []
+    for plane in x.planes:
+        plane = plane[(None,) * missing]
+        tiled = narrowed(plane).repeat([n if dim in support(plane) else 1 for dim, n in enumerate(repeats)])
+        planes.append(tiled.expand(call.shape))
+    grown = [dim for dim, n in enumerate(repeats) if n > 1 and old[dim] == 1 and dim not in call.batch_dims[0]]
+    return Labels(call.shape, (*planes, *(flow.mint(call.shape, [dim]) for dim in grown)))
+
+
+def repeat_interleave(flow: Flow, call: Call) -> Labels:
+    """y[i * n + j] = x[i] along ``dim``."""
+    x = call["self"]
+    if call.get("dim") is None:
+        x = flow.reshape(x, (x_numel(x),))
+    dim = 0 if call.get("dim") is None else call.dim(len(x.shape))
+    planes = [
+        settle(narrowed(plane).repeat_interleave(call["repeats"], dim).expand(call.shape))
+        if dim in support(plane)
+        else narrowed(plane).expand(call.shape)
+        for plane in x.planes
+    ]
+    return Labels(call.shape, tuple(planes))
+
+
+def x_numel(labels: Labels) -> int:
+    """The number of elements of a tensor."""
+    count = 1
+    for size in labels.shape:
+        count *= size
+    return count
+
+
+def constant(flow: Flow, call: Call) -> Labels:
+    """y[i] = c: content that is the same everywhere can shrink anywhere, so each dimension brings its own atoms."""
+    dims = [dim for dim, size in enumerate(call.shape) if size > 1 and dim not in call.batch_dims[0]]
+    return Labels(call.shape, tuple(flow.mint(call.shape, [dim]) for dim in dims))
+
+
+def embedding(flow: Flow, call: Call) -> Labels:
+    """y[i, :] = W[index[i], :]: the vocabulary stays, the width is carried."""
+    weight = flow.freeze(call["weight"], [0], "is looked up by index", structural=True)
+    return Labels(call.shape, tuple(plane[0].expand(call.shape) for plane in weight.planes))
+
+
+def index(flow: Flow, call: Call) -> Labels:
+    """y = x[..., index, ...]: indexed dimensions are frozen, the others are carried.
+
+    A single one-dimensional constant index moves the planes literally.
+    """
+    x: Labels = call["self"]
+    indices: list[Any] = list(call["indices"])
+    places = [dim for dim, value in enumerate(indices) if value is not None]
+    values = call.constants.get("indices", {})
+    if len(places) == 1 and places[0] in values and values[places[0]].dim() == 1 and values[places[0]].dtype == torch.int64:
+        dim = places[0]
+        planes = [
+            settle(narrowed(plane, [dim]).index_select(dim, values[dim]).expand(call.shape))
+            if dim in support(plane)
+            else narrowed(plane).expand(call.shape)
+            for plane in x.planes
+        ]
+        return Labels(call.shape, tuple(planes))
+    frozen = flow.freeze(x, places, "is indexed by a table", structural=True)
+    if places != list(range(places[0], places[-1] + 1)):
+        flow.pin_all(frozen, "is indexed along dimensions that are not neighbours")
+        return Labels(call.shape)
+    after = len(x.shape) - 1 - places[-1]
+    planes = []
+    for plane in frozen.planes:
+        kept = plane[tuple(0 if dim in places else slice(None) for dim in range(plane.dim()))]
+        middle = (None,) * (len(call.shape) - places[0] - after)
+        planes.append(kept[(slice(None),) * places[0] + middle].expand(call.shape))
+    return Labels(call.shape, tuple(planes))
+
+
+def pixel_shuffle(flow: Flow, call: Call) -> Labels:
+    """y[c, h * r + i, w * r + j] = x[(c * r + i) * r + j, h, w]: the r * r channels behind one of y go together."""
+    x: Labels = call["self"]
+    dim = len(x.shape) - 3
+    area = x.shape[dim] // call.shape[dim]
+    x = flow.freeze(x, [dim + 1, dim + 2], "is moved between space and channels")
+    planes = []
+    for plane in x.planes:
+        if dim not in support(plane):
+            planes.append(narrowed(plane).expand(call.shape))
+            continue
+        squares = plane.unflatten(dim, (-1, area))
+        whole = flow.freeze(Labels(tuple(squares.shape), (squares,)), [dim + 1], "is moved between space and channels")
+        planes += [narrowed(part.select(dim + 1, 0)).expand(call.shape) for part in whole.planes]
+    return Labels(call.shape, tuple(planes))
+
+
+def pixel_unshuffle(flow: Flow, call: Call) -> Labels:
+    """y[(c * r + i) * r + j, h, w] = x[c, h * r + i, w * r + j]: one channel of x becomes r * r of y."""
+    x: Labels = call["self"]
+    dim = len(x.shape) - 3
+    x = flow.freeze(x, [dim + 1, dim + 2], "is moved between space and channels")
+    area = call.shape[dim] // x.shape[dim]
+    planes = [
+        narrowed(plane).repeat_interleave(area, dim) if dim in support(plane) else narrowed(plane) for plane in x.planes
+    ]
+    return Labels(call.shape, tuple(plane.expand(call.shape) for plane in planes))
+
+
+def scalar_index(flow: Flow, call: Call) -> Labels:
+    """y = x[..., index, ...]: one index of a dimension is taken and the dimension is gone."""
+    x = call["self"]
+    dim = call.dim(len(x.shape))
+    return Labels(call.shape, tuple(plane.select(dim, int(call["index"]) % x.shape[dim]) for plane in x.planes))
+
+
+def sliced(flow: Flow, call: Call) -> Labels:
+    """y = x[..., start:end:step, ...]."""
+    x = call["self"]
+    dim = call.dim(len(x.shape))
+    if call["step"] != 1:
+        x = flow.freeze(x, [dim], "is taken in steps")
+    part = slice(call.get("start", 0), call.get("end"), call["step"])
+    where = (slice(None),) * dim + (part,)
+    return Labels(call.shape, tuple(plane[where] for plane in x.planes))
+
+
+def squeeze(flow: Flow, call: Call) -> Labels:
+    """y = x without dimensions of size 1."""
+    x = call["self"]
+    return Labels(call.shape, tuple(core_shape(plane, call.shape) for plane in x.planes))
+
+
+def core_shape(plane: Plane, shape: tuple[int, ...]) -> Plane:
+    """``plane`` under a shape that differs in dimensions of size 1 only."""
+    return plane.reshape(shape) if plane.numel() < 2 else core(plane).reshape(_ones(plane, shape)).expand(shape)
+
+
+def _ones(plane: Plane, shape: tuple[int, ...]) -> list[int]:
+    varying = [dim in support(plane) for dim, size in enumerate(plane.shape) if size > 1]
+    flags = iter(varying)
+    return [size if size > 1 and next(flags) else 1 for size in shape]
+
+
+_RESHAPES = (
+    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints,
+    aten.unflatten.int, aten.view_as.default, aten.reshape_as.default,
+)  # fmt: skip
+_LITERAL = (
+    aten.permute.default, aten.transpose.int, aten.t.default, aten.numpy_T.default, aten.mT.default,
+    aten.movedim.int, aten.movedim.intlist, aten.swapaxes.default, aten.unsqueeze.default, aten.unbind.int,
+    aten.transpose_.default, aten.unsqueeze_.default, aten.adjoint.default,
+)  # fmt: skip
+_ALONG = (aten.roll.default, aten.flip.default)
+_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes, aten.tensor_split.sections)
+_EXPANDS = (aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
+_CONSTANTS = (
+    aten.zeros.default, aten.ones.default, aten.full.default, aten.empty.memory_format, aten.new_zeros.default,
+    aten.new_ones.default, aten.new_full.default, aten.new_empty.default,
+)  # fmt: skip
+
+RULES = {
+    **dict.fromkeys(_RESHAPES, Rule("reshape", reshape, moves=True)),
+    **dict.fromkeys(_LITERAL, Rule("permute", literal, moves=True)),
+    **dict.fromkeys(_ALONG, Rule("permute", along, moves=True)),
+    **dict.fromkeys(_SPLITS, Rule("split", split, moves=True)),
+    **dict.fromkeys(_EXPANDS, Rule("expand", expand, moves=True)),
+    **dict.fromkeys(_CONSTANTS, Rule("constant", constant)),
+    **dict.fromkeys((aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims), Rule("reshape", squeeze, moves=True)),
+    **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), Rule("pad", pad)),
+    aten.index_select.default: Rule("index", index_select, moves=True),
+    aten.cat.default: Rule("concat", cat, moves=True),
+    aten.concat.default: Rule("concat", cat, moves=True),
+    aten.stack.default: Rule("concat", stack, moves=True),
+    aten.repeat.default: Rule("expand", repeat, moves=True),
+    aten.repeat_interleave.self_int: Rule("expand", repeat_interleave, moves=True),
+    aten.embedding.default: Rule("index", embedding),
+    aten.index.Tensor: Rule("index", index, moves=True),
+    aten.pixel_shuffle.default: Rule("reshape", pixel_shuffle, moves=True),
+    aten.pixel_unshuffle.default: Rule("reshape", pixel_unshuffle, moves=True),
+    aten.select.int: Rule("slice", scalar_index, moves=True),
+    aten.slice.Tensor: Rule("slice", sliced, moves=True),
+}

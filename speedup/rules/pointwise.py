@@ -1,0 +1,79 @@
+"""Elementwise operators: y[i] = f(a[i], b[i], ...), under broadcasting."""
+
+import torch
+
+from speedup.atoms import Flow, Labels
+from speedup.rules.call import Call, Rule
+
+aten = torch.ops.aten
+
+
+def pointwise(flow: Flow, call: Call) -> Labels:
+    """y[i] = f(a[i], b[i], ...): the atoms of the operands become one, element by element."""
+    return flow.meet(call.tensors(), call.shape)
+
+
+def unchanged(flow: Flow, call: Call) -> Labels:
+    """y[i] = f(x[i]): the labels of the first tensor pass."""
+    return flow.meet(call.tensors()[:1], call.shape)
+
+
+def overwrite(flow: Flow, call: Call) -> Labels:
+    """x[i] = y[i]: the content is replaced, its place is not."""
+    return flow.meet(call.tensors(), call.tensors()[0].shape)
+
+
+def prelu(flow: Flow, call: Call) -> Labels:
+    """y[b, c, ...] = max(x, 0) + w[c] * min(x, 0)."""
+    x, weight = call["self"], call["weight"]
+    return flow.meet([x, along_channels(weight, len(x.shape))], call.shape)
+
+
+def glu(flow: Flow, call: Call) -> Labels:
+    """y = a * sigmoid(b) for the two halves a, b of x along ``dim``."""
+    x = call["self"]
+    dim = call.dim(len(x.shape))
+    half = x.shape[dim] // 2
+    halves = [
+        Labels(call.shape, tuple(plane.narrow(dim, start, half) for plane in x.planes)) for start in (0, half)
+    ]
+    return flow.meet(halves, call.shape)
+
+
+def along_channels(vector: Labels, rank: int, dim: int = 1) -> Labels:
+    """A tensor of shape (C,) seen as (1, C, 1, ...) of rank ``rank``; one of size 1 stays a scalar."""
+    if len(vector.shape) != 1 or vector.shape[0] == 1 or rank == 1:
+        return vector
+    shape = tuple(vector.shape[0] if d == dim else 1 for d in range(rank))
+    return Labels(shape, tuple(plane.reshape(shape) for plane in vector.planes))
+
+
+_PASS = (
+    aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default, aten.alpha_dropout.default,
+    aten.contiguous.default, aten._to_copy.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout,
+    aten.to.other, aten.type_as.default, aten.detach.default, aten.detach_.default, aten.alias.default,
+    aten.lift_fresh_copy.default, aten.clone.default, aten.zeros_like.default, aten.ones_like.default,
+    aten.full_like.default, aten.empty_like.default, aten.fill_.Scalar, aten.zero_.default,
+    aten.requires_grad_.default,
+)  # fmt: skip
+_ELEMENTWISE = (
+    aten.hardswish_.default, aten.relu6.default, aten.relu6_.default, aten.__and__.Tensor, aten.__or__.Tensor,
+    aten.floor_divide.default, aten.negative.default, aten.subtract.Tensor, aten.multiply.Tensor,
+    aten.multiply.Scalar, aten.subtract.Scalar, aten.hardswish.default,
+)  # fmt: skip
+_ADD = (aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.sub_.Tensor)
+_MUL = (aten.mul.Tensor, aten.mul_.Tensor, aten.div.Tensor, aten.div_.Tensor)
+
+RULES = {
+    **dict.fromkeys(_PASS, Rule("elementwise", unchanged)),
+    **dict.fromkeys(_ELEMENTWISE, Rule("elementwise", pointwise)),
+    **dict.fromkeys(_ADD, Rule("add", pointwise)),
+    **dict.fromkeys(_MUL, Rule("mul", pointwise)),
+    aten.copy_.default: Rule("elementwise", overwrite),
+    aten.fill_.Tensor: Rule("elementwise", unchanged),
+    aten.prelu.default: Rule("elementwise", prelu),
+    aten.glu.default: Rule("elementwise", glu),
+}
+
+TAGGED = Rule("elementwise", pointwise)
+"""The rule of every operator that PyTorch itself tags as pointwise."""

@@ -1,0 +1,116 @@
+"""Operators that sum over dimensions, and operators that need some dimensions whole."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from speedup.atoms import Flow, Labels, narrowed
+from speedup.rules.call import Call, Outcome, Rule, RuleFunction
+
+aten = torch.ops.aten
+
+
+def _only(flow: Flow, call: Call) -> Labels:
+    """The first tensor; any other (a grid to sample at, say) is pinned."""
+    x, *others = call.tensors()
+    for other in others:
+        flow.pin_all(other, f"steers {call.node.target}")
+    return x
+
+
+def reduced(flow: Flow, call: Call) -> Outcome:
+    """y = sum (or mean, or norm) of x over ``dim``: channels may go, the masked reference counts those that are left."""
+    x = _only(flow, call)
+    outcome = flow.reduce(x, call.dims(len(x.shape)), bool(call.get("keepdim", False)))
+    return outcome if len(call.outputs) == 1 else [outcome for _ in call.outputs]
+
+
+def chosen(flow: Flow, call: Call) -> Outcome:
+    """y = max (or argmax, median, ...) of x over ``dim``, which must stay whole."""
+    x = _only(flow, call)
+    dims = call.dims(len(x.shape))
+    frozen = flow.freeze(x, dims, f"goes through {call.node.target} over its channels")
+    outcome = flow.reduce(frozen, dims, bool(call.get("keepdim", False)))
+    return outcome if len(call.outputs) == 1 else [outcome for _ in call.outputs]
+
+
+def whole(flow: Flow, call: Call) -> Outcome:
+    """y = op(x) along ``dim``, which must stay whole (softmax, cumsum, sort, ...)."""
+    x = _only(flow, call)
+    frozen = flow.freeze(x, call.dims(len(x.shape)), f"goes through {call.node.target} over its channels")
+    planes = tuple(narrowed(plane) for plane in frozen.planes)
+    outcomes = [Labels(shape, tuple(plane.expand(shape) for plane in planes)) for shape in call.outputs]
+    return outcomes if len(outcomes) > 1 else outcomes[0]
+
+
+def over_space(first: int) -> RuleFunction:
+    """The rule of operators that mix the dimensions from ``first`` on, counted from the end if negative."""
+
+    def rule(flow: Flow, call: Call) -> Outcome:
+        """y[b, c, ...] = op(x[b, c, :]): pooling, resampling."""
+        x = _only(flow, call)
+        rank = len(x.shape)
+        frozen = flow.freeze(x, range(first % rank, rank), "varies over a space that is pooled or resampled")
+        planes = tuple(narrowed(plane) for plane in frozen.planes)
+        outcomes = [Labels(shape, tuple(plane.expand(shape) for plane in planes)) for shape in call.outputs]
+        return outcomes if len(outcomes) > 1 else outcomes[0]
+
+    return rule
+
+
+def fixed(flow: Flow, call: Call) -> Outcome:
+    """Content that depends on no parameter and does not shrink."""
+    outcomes: list[Labels] = [Labels(shape) for shape in call.outputs]
+    return outcomes if len(outcomes) != 1 else outcomes[0]
+
+
+def _present(names: Iterable[str]) -> list[Callable[..., object]]:
+    """The overloads of ATen operators that this version of PyTorch has, by name."""
+    found = []
+    for name in names:
+        packet = getattr(aten, name, None)
+        found += [getattr(packet, overload) for overload in packet.overloads() if overload != "out"] if packet else []
+    return found
+
+
+_SUMS = (
+    aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.linalg_vector_norm.default,
+    aten.norm.ScalarOpt_dim, aten.frobenius_norm.dim, aten.var.correction, aten.std.correction,
+    aten.var_mean.correction, aten.std_mean.correction, aten.var.dim, aten.std.dim, aten.count_nonzero.dim_IntList,
+)  # fmt: skip
+_CHOICES = (
+    aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim, aten.argmax.default, aten.argmin.default,
+    aten.max.default, aten.min.default, aten.logsumexp.default, aten.prod.dim_int, aten.any.dim, aten.all.dim,
+)  # fmt: skip
+_WHOLE = (
+    aten.softmax.int, aten.log_softmax.int, aten._softmax.default, aten._log_softmax.default, aten.cumsum.default,
+    aten.cumprod.default, aten.sort.default, aten.topk.default,
+)  # fmt: skip
+_PLANAR = (
+    "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "max_pool2d_with_indices",
+    "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_nearest_exact2d",
+    "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "lp_pool2d", "fractional_max_pool2d", "reflection_pad2d",
+    "replication_pad2d", "grid_sampler_2d", "tril", "triu",
+)  # fmt: skip
+_LINEAR = (
+    "max_pool1d", "avg_pool1d", "adaptive_avg_pool1d", "adaptive_max_pool1d", "upsample_nearest1d",
+    "upsample_linear1d", "reflection_pad1d", "replication_pad1d",
+)  # fmt: skip
+_VOLUME = (
+    "max_pool3d", "avg_pool3d", "adaptive_avg_pool3d", "adaptive_max_pool3d", "upsample_nearest3d",
+    "upsample_trilinear3d", "reflection_pad3d", "replication_pad3d",
+)  # fmt: skip
+_FIXED = (
+    "arange", "linspace", "eye", "scalar_tensor", "rand", "randn", "randint", "tril_indices", "triu_indices",
+    "_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size",
+)  # fmt: skip
+
+RULES = {
+    **dict.fromkeys(_SUMS, Rule("reduction", reduced)),
+    **dict.fromkeys(_CHOICES, Rule("reduction", chosen)),
+    **dict.fromkeys(_WHOLE, Rule("mixing", whole)),
+    **dict.fromkeys(_present(_LINEAR), Rule("pooling", over_space(-1))),
+    **dict.fromkeys(_present(_PLANAR), Rule("pooling", over_space(-2))),
+    **dict.fromkeys(_present(_VOLUME), Rule("pooling", over_space(-3))),
+    **dict.fromkeys(_present(_FIXED), Rule("constant", fixed)),
+}

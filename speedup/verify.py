@@ -1,0 +1,383 @@
+"""The proof: the dense graph with its removed channels masked, run in lockstep with the shrunk graph, node by node.
+
+Both run in double precision on the example inputs, with every parameter moved a little away from where it is, so
+that no zero, no tie and no fresh batch norm can hide a mistake. The masked original multiplies every intermediate
+by its live mask; norms and means count what is left.
+"""
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from speedup.analysis import Analysis, attribute, tensor_names
+from speedup.atoms import Labels, Mask
+from speedup.capture import with_batch
+from speedup.errors import ProofError
+from speedup.literals import raw_argument
+from speedup.plan import ShrinkPlan
+from speedup.rules import rule_for
+from speedup.shrink import ShrunkGraph
+
+aten = torch.ops.aten
+TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was compared and how far apart the two were.
+
+    Attributes:
+        nodes: Number of graph nodes compared.
+        difference: Largest difference at any node, relative to the largest value of that node.
+        node: Where that was.
+        tolerance: What was allowed.
+        batch: Batch size of the inputs.
+    """
+
+    nodes: int
+    difference: float
+    node: str
+    tolerance: float
+    batch: int
+
+
+def prove(
+    analysis: Analysis, live: Mask, plan: ShrinkPlan, shrunk: ShrunkGraph, *, batch: int = 2, seed: int = 0
+) -> Proof:
+    """Proves that ``shrunk`` equals the captured model with everything but ``live`` masked.
+
+    Args:
+        analysis: The captured model and its labels.
+        live: Which classes live, shape (classes,).
+        plan: The plan that ``shrunk`` was made with.
+        shrunk: The rewritten graph.
+        batch: Batch size to run at.
+        seed: Of the perturbation of the parameters.
+
+    Raises:
+        ProofError: They differ; the message names the first node at which they do.
+    """
+    run = _Lockstep(analysis, live, plan, shrunk, batch, seed)
+    with torch.no_grad():
+        return run.proof()
+
+
+class _Lockstep:
+    def __init__(
+        self, analysis: Analysis, live: Mask, plan: ShrinkPlan, shrunk: ShrunkGraph, batch: int, seed: int
+    ) -> None:
+        self.analysis, self.live, self.plan, self.shrunk, self.batch = analysis, live, plan, shrunk, batch
+        self.names = tensor_names(analysis.captured.graph_module)
+        self.perturbed = _perturbed(analysis, seed)
+        captured = analysis.captured
+        inputs = with_batch((captured.args, captured.kwargs), batch)
+        self.inputs = [_exact(leaf) for leaf in pytree.tree_leaves(inputs)]
+
+    def proof(self) -> Proof:
+        dense_nodes = {node.name: node for node in self.analysis.captured.nodes}
+        last_use = _last_uses(self.shrunk.graph)
+        dense: dict[str, Any] = {}
+        small: dict[str, Any] = {}
+        inputs = iter(self.inputs)
+        worst, where, compared = 0.0, "", 0
+        for node in self.shrunk.graph.nodes:
+            twin = dense_nodes.get(node.name)
+            if node.op == "placeholder":
+                value = next(inputs)
+                dense[node.name], small[node.name] = _fresh(value), _fresh(value)
+            elif node.op == "get_attr":
+                small[node.name] = self._small_tensor(node)
+                if twin is not None:
+                    dense[node.name] = self._dense_tensor(twin)
+            elif node.op != "output":
+                small[node.name] = self._call(node, small)
+                if twin is not None:
+                    dense[node.name] = self._masked(twin, dense)
+            if twin is not None and node.op != "output":
+                far = self._distance(twin, dense[node.name], small[node.name])
+                compared += 1
+                if far > worst:
+                    worst, where = far, node.name
+            for name in last_use.get(node.name, ()):
+                dense.pop(name, None)
+                small.pop(name, None)
+        return Proof(compared, worst, where, TOLERANCE, self.batch)
+
+    def _dense_tensor(self, node: fx.Node) -> Any:
+        value = attribute_or_none(self.analysis.captured.graph_module, str(node.target))
+        if not isinstance(value, Tensor):
+            return value
+        name = self.names.get(str(node.target), str(node.target))
+        tensor = self.perturbed[name]
+        mask = self.analysis.classes.live_mask(self.analysis.parameters[name], self.live)
+        return tensor.clone() if mask is None else tensor * mask
+
+    def _small_tensor(self, node: fx.Node) -> Any:
+        value = attribute_or_none(self.shrunk, str(node.target))
+        name = self.names.get(str(node.target))
+        if not isinstance(value, Tensor) or name is None:
+            return value
+        dense = attribute(self.analysis.captured.graph_module, name)
+        if not torch.equal(_exact(self.plan.cut(name, dense)), _exact(value)):
+            raise ProofError(f"{node.name}: {name} does not hold what the plan keeps of it. Compress the model again.")
+        return self.plan.cut(name, self.perturbed[name])
+
+    def _call(self, node: fx.Node, values: Mapping[str, Any]) -> Any:
+        try:
+            return execute(node, values)
+        except Exception as error:  # any operator may refuse any shape
+            raise ProofError(
+                f"{node.name}: the shrunk graph fails there ({str(error).splitlines()[0]}){_source(node)}. "
+                "This is a bug in a rule or a plan that does not fit the model."
+            ) from error
+
+    def _masked(self, node: fx.Node, values: Mapping[str, Any]) -> Any:
+        rule = rule_for(node.target)
+        special = MASKED.get(node.target)
+        source = node.args[0].name if node.args and isinstance(node.args[0], fx.Node) else None
+        before = self.analysis.labels.get(source) if source is not None else None
+        inside = None
+        if special is not None and isinstance(before, Labels):
+            inside = self.analysis.classes.live_mask(before, self.live)
+        if inside is not None and special is not None and source is not None:
+            result = special(node, values, _at_batch(inside, values[source]).expand(values[source].shape))
+        else:
+            result = execute(node, values)
+        if rule is not None and rule.moves:
+            return result
+        labels = self.analysis.labels[node.name]
+        return self._silence(result, labels, in_place=_is_in_place(node))
+
+    def _silence(self, result: Any, labels: Any, in_place: bool) -> Any:
+        if isinstance(result, list | tuple) and isinstance(labels, list):
+            return [self._silence(item, label, in_place) for item, label in zip(result, labels, strict=False)]
+        if not isinstance(result, Tensor) or not isinstance(labels, Labels):
+            return result
+        mask = self.analysis.classes.live_mask(labels, self.live)
+        if mask is None:
+            return result
+        mask = _at_batch(mask, result)
+        if in_place:
+            return result.masked_fill_(~mask.expand(result.shape), 0)
+        return result.masked_fill(~mask, 0)
+
+    def _distance(self, node: fx.Node, dense: Any, small: Any) -> float:
+        labels = self.analysis.labels.get(node.name)
+        if isinstance(dense, list | tuple) and isinstance(labels, list):
+            return max((self._gap(node, d, s, w) for d, s, w in zip(dense, small, labels, strict=False)), default=0.0)
+        return self._gap(node, dense, small, labels)
+
+    def _gap(self, node: fx.Node, dense: Any, small: Any, labels: Any) -> float:
+        if not isinstance(dense, Tensor) or not isinstance(small, Tensor) or not isinstance(labels, Labels):
+            return 0.0
+        expected = self._compacted(node, dense, labels)
+        if expected.shape != small.shape:
+            raise ProofError(
+                f"{node.name}: the shrunk graph has shape {tuple(small.shape)} where the masked original has "
+                f"{tuple(expected.shape)}{_source(node)}. This is a bug in a rule or a plan that does not fit the model."
+            )
+        if not expected.is_floating_point():
+            far = 0.0 if torch.equal(expected, small) else float("inf")
+        else:
+            far = relative_difference(expected, small)
+        if not far <= TOLERANCE:
+            raise ProofError(
+                f"{node.name}: the shrunk graph differs from the masked original by {far:.3g} relative "
+                f"(allowed {TOLERANCE:g}){_source(node)}. This is a bug in a rule or a plan that does not fit the model."
+            )
+        return far
+
+    def _compacted(self, node: fx.Node, value: Tensor, labels: Labels) -> Tensor:
+        """What lives of a dense value, in the order of the dense tensor."""
+        mask = self.analysis.classes.live_mask(labels, self.live)
+        if mask is None:
+            return value
+        shape = self.analysis.classes.live_shape(labels, self.live, node.name)
+        mask = _at_batch(mask, value)
+        dims = [dim for dim in range(mask.dim()) if mask.shape[dim] > 1]
+        rest = [dim for dim in range(mask.dim()) if dim not in dims]
+        moved = value.permute(*dims, *rest)
+        picked = moved[mask.permute(*dims, *rest).reshape([mask.shape[dim] for dim in dims])]
+        scale = [value.shape[dim] / labels.shape[dim] for dim in dims]
+        sizes = [round(shape[dim] * factor) for dim, factor in zip(dims, scale, strict=True)]
+        picked = picked.reshape(*sizes, *(value.shape[dim] for dim in rest))
+        order = sorted(range(value.dim()), key=lambda i: [*dims, *rest][i])
+        return picked.permute(order)
+
+
+def relative_difference(expected: Tensor, found: Tensor) -> float:
+    """Returns max |expected - found| / max |expected|; not-a-numbers and infinities must stand in the same places."""
+    if not expected.numel():
+        return 0.0
+    finite = torch.isfinite(expected)
+    if not torch.equal(finite, torch.isfinite(found)):
+        return float("inf")
+    if not bool(finite.all()):
+        expected, found = expected[finite], found[finite]
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    gap = float((expected - found).abs().max()) if expected.numel() else 0.0
+    return gap / scale if scale else gap
+
+
+def execute(node: fx.Node, values: Mapping[str, Any]) -> Any:
+    """Runs one call on exact values: floating types named in its arguments become double."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n.name])
+    args, kwargs = pytree.tree_map(_exact_type, (tuple(args), dict(kwargs)))
+    return node.target(*args, **kwargs)  # type: ignore[operator]  # call_function nodes hold callables
+
+
+def attribute_or_none(module: torch.nn.Module, name: str) -> Any:
+    """Whatever is registered in ``module`` under the qualified ``name``."""
+    return operator.attrgetter(name)(module)
+
+
+def _exact(value: Any) -> Any:
+    return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _exact_type(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+
+def _fresh(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _perturbed(analysis: Analysis, seed: int) -> dict[str, Tensor]:
+    """Every parameter and buffer in double precision, moved by about a tenth; vectors only upwards (variances)."""
+    generator = torch.Generator().manual_seed(seed)
+    moved = {}
+    for name in analysis.parameters:
+        tensor = _exact(attribute(analysis.captured.graph_module, name)).cpu()
+        if tensor.is_floating_point() and tensor.numel():
+            size = tensor.abs().mean()
+            if tensor.dim() < 2:
+                noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+                tensor = tensor + 0.1 * (size + 0.1) * noise
+            else:
+                noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+                tensor = tensor + 0.2 * size * (noise - 0.5)
+        moved[name] = tensor
+    return moved
+
+
+def _at_batch(mask: Tensor, value: Tensor) -> Tensor:
+    """A mask that broadcasts to ``value``, which may have another batch than the labels were made with."""
+    for dim in range(mask.dim()):
+        if mask.shape[dim] > 1 and mask.shape[dim] != value.shape[dim]:
+            # heads merged with the batch: the pattern repeats once for each example
+            period = mask.shape[dim] // 2
+            rounds = value.shape[dim] // period
+            mask = mask.narrow(dim, 0, period).repeat([rounds if d == dim else 1 for d in range(mask.dim())])
+    return mask
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    schema = node.target._schema  # type: ignore[union-attr]  # masked nodes hold OpOverloads
+    return bool(schema.is_mutable)
+
+
+def _last_uses(graph: fx.Graph) -> dict[str, list[str]]:
+    """For each node the values that are not needed after it."""
+    seen: set[str] = set()
+    ends: dict[str, list[str]] = {}
+    for node in reversed(list(graph.nodes)):
+        for source in (*node.all_input_nodes, node):
+            if source.name not in seen:
+                seen.add(source.name)
+                ends.setdefault(node.name, []).append(source.name)
+    return ends
+
+
+def _source(node: fx.Node) -> str:
+    """Where in the user's code a node comes from, as " at file:line"."""
+    trace = [line.strip() for line in str(node.meta.get("stack_trace", "")).splitlines() if line.strip().startswith("File")]
+    if not trace:
+        return ""
+    file, _, rest = trace[-1].removeprefix('File "').partition('", line ')
+    return f" at {file}:{rest.split(',')[0]}"
+
+
+def _masked_layer_norm(node: fx.Node, values: Mapping[str, Any], mask: Tensor) -> Tensor:
+    x, shape, *rest = _arguments(node, values, "normalized_shape")
+    dims = tuple(range(x.dim() - len(shape), x.dim()))
+    count = mask.sum(dims, keepdim=True).clamp(min=1)
+    mean = (x * mask).sum(dims, keepdim=True) / count
+    if node.target is aten.rms_norm.default:
+        mean = torch.zeros_like(mean)
+    var = ((x - mean) ** 2 * mask).sum(dims, keepdim=True) / count
+    eps = raw_argument(node, "eps")
+    if eps is None:
+        default = next(a.default_value for a in node.target._schema.arguments if a.name == "eps")  # type: ignore[union-attr]  # an OpOverload
+        eps = torch.finfo(torch.float64).eps if default is None else default
+    return _affine((x - mean) / (var + eps).sqrt(), node, values)
+
+
+def _masked_group_norm(node: fx.Node, values: Mapping[str, Any], mask: Tensor) -> Tensor:
+    x, groups, *rest = _arguments(node, values, "num_groups")
+    parts, kept = (t.reshape(x.shape[0], groups, -1) for t in (x, mask))
+    count = kept.sum(-1, keepdim=True).clamp(min=1)
+    mean = (parts * kept).sum(-1, keepdim=True) / count
+    var = ((parts - mean) ** 2 * kept).sum(-1, keepdim=True) / count
+    eps = raw_argument(node, "eps")
+    normal = ((parts - mean) / (var + (1e-5 if eps is None else eps)).sqrt()).reshape(x.shape)
+    return _affine(normal, node, values, channels=True)
+
+
+def _affine(x: Tensor, node: fx.Node, values: Mapping[str, Any], channels: bool = False) -> Tensor:
+    for name, combine in (("weight", operator.mul), ("bias", operator.add)):
+        names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]  # an OpOverload
+        source = raw_argument(node, name) if name in names else None
+        if isinstance(source, fx.Node):
+            vector = values[source.name]
+            x = combine(x, vector.reshape(-1, *(1,) * (x.dim() - 2)) if channels else vector)
+    return x
+
+
+def _arguments(node: fx.Node, values: Mapping[str, Any], name: str) -> tuple[Any, ...]:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return values[source.name], raw_argument(node, name)
+
+
+def _masked_moments(node: fx.Node, values: Mapping[str, Any], mask: Tensor) -> Any:
+    """Mean, variance or standard deviation over what is left."""
+    x, dim = _arguments(node, values, "dim") if _has(node, "dim") else (*_arguments(node, values, "self")[:1], None)
+    dims = tuple(range(x.dim())) if dim is None or dim == [] else tuple(dim) if isinstance(dim, list | tuple) else (dim,)
+    keepdim = bool(raw_argument(node, "keepdim")) if _has(node, "keepdim") else False
+    count = mask.sum(dims, keepdim=True)
+    mean = (x * mask).sum(dims, keepdim=True) / count.clamp(min=1)
+    name = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]  # an OpOverload
+    results = [mean]
+    if name != "mean":
+        correction = raw_argument(node, "correction") if _has(node, "correction") else raw_argument(node, "unbiased")
+        correction = 1 if correction is None else int(correction)
+        var = ((x - mean) ** 2 * mask).sum(dims, keepdim=True) / (count - correction).clamp(min=1)
+        spread = var.sqrt() if name.startswith("std") else var
+        results = [spread, mean] if name.endswith("_mean") else [spread]
+    results = [result if keepdim else result.squeeze(dims) for result in results]
+    return results if len(results) > 1 else results[0]
+
+
+def _has(node: fx.Node, name: str) -> bool:
+    return any(argument.name == name for argument in node.target._schema.arguments)  # type: ignore[union-attr]  # an OpOverload
+
+
+MASKED: Mapping[Any, Callable[[fx.Node, Mapping[str, Any], Tensor], Any]] = {
+    aten.layer_norm.default: _masked_layer_norm,
+    aten.rms_norm.default: _masked_layer_norm,
+    aten.group_norm.default: _masked_group_norm,
+    **dict.fromkeys(
+        (
+            aten.mean.default, aten.mean.dim, aten.var.correction, aten.std.correction, aten.var_mean.correction,
+            aten.std_mean.correction, aten.var.dim, aten.std.dim,
+        ),
+        _masked_moments,
+    ),
+}  # fmt: skip
+"""The operators whose masked form is not the operator on masked values."""
