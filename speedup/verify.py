@@ -278,8 +278,8 @@ def _at_batch(mask: Tensor, value: Tensor) -> Tensor:
 
 
 def _is_in_place(node: fx.Node) -> bool:
-    schema = node.target._schema  # type: ignore[union-attr]  # masked nodes hold OpOverloads
-    return bool(schema.is_mutable)
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
 
 
 def _last_uses(graph: fx.Graph) -> dict[str, list[str]]:

@@ -165,11 +165,11 @@ RULES = {
     aten.einsum.default: Rule("contraction", einsum),
     **dict.fromkeys(
         (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
-        Rule("contraction", convolution),
+        Rule("convolution", convolution),
     ),
     **dict.fromkeys(
         (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
-        Rule("contraction", transposed_convolution),
+        Rule("convolution", transposed_convolution),
     ),
     aten.scaled_dot_product_attention.default: Rule("attention", attention),
 }

@@ -1,0 +1,95 @@
+"""Criteria: a score for every channel; the lowest go first.
+
+A criterion looks at the slices of all parameters that carry a channel, summed over everything that is coupled. All
+of them are vectorised over the channels of the whole model: they return one number for each label class.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from speedup.analysis import Analysis, attribute
+from speedup.atoms import Index, Plane, core, support
+
+Scores = NDArray[np.float64]
+CriterionName = Literal["l1", "l2", "fpgm", "bn_scale", "random"]
+Criterion = Callable[[Analysis, int], Scores]
+
+aten = torch.ops.aten
+_NORMS = (aten.batch_norm.default, aten.group_norm.default, aten.layer_norm.default, aten.instance_norm.default, aten.rms_norm.default)
+
+
+def l1(analysis: Analysis, seed: int) -> Scores:
+    """sum |W_c| over every coupled slice (Li et al., Pruning Filters for Efficient ConvNets, 2017)."""
+    return _summed(analysis, lambda weight, dims: weight.abs().sum(dims) if dims else weight.abs())
+
+
+def l2(analysis: Analysis, seed: int) -> Scores:
+    """sqrt(sum W_c^2) over every coupled slice."""
+    return np.sqrt(_summed(analysis, lambda weight, dims: weight.square().sum(dims) if dims else weight.square()))
+
+
+def fpgm(analysis: Analysis, seed: int) -> Scores:
+    """sum_j norm2(W_c - W_j): slices close to the geometric median go first (He et al., FPGM, 2019)."""
+
+    def spread(weight: Tensor, dims: list[int]) -> Tensor:
+        kept = [dim for dim in range(weight.dim()) if dim not in dims]
+        if len(kept) > 1:  # the inputs of a grouped weight: distances between the inputs of one output
+            slices = weight.permute(*kept, *dims).reshape(*(weight.shape[dim] for dim in kept), -1)
+            return torch.cdist(slices, slices).sum(-1)
+        slices = weight.movedim(kept[0], 0).reshape(weight.shape[kept[0]], -1)
+        return torch.cdist(slices, slices).sum(-1)
+
+    return _summed(analysis, spread)
+
+
+def bn_scale(analysis: Analysis, seed: int) -> Scores:
+    """|gamma| of the norms that scale a channel (Liu et al., Network Slimming, 2017); nan where there is none."""
+    scores = np.zeros(analysis.classes.count)
+    seen = np.zeros(analysis.classes.count, dtype=np.bool_)
+    for node in analysis.captured.nodes:
+        weight = node.args[2 if node.target in (aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default) else 1] if node.target in _NORMS and len(node.args) > 2 else None
+        if not isinstance(weight, torch.fx.Node) or weight.op != "get_attr":
+            continue
+        name = analysis.aliases[str(weight.target)]
+        gamma = attribute(analysis.captured.graph_module, name).detach().double().abs().cpu().numpy()
+        for plane in analysis.parameters[name].planes:
+            where = analysis.classes.plane(plane)
+            np.add.at(scores, where, gamma)
+            seen[where] = True
+    return np.where(seen, scores, np.nan)
+
+
+def random(analysis: Analysis, seed: int) -> Scores:
+    """Uniform numbers from ``seed``: the control that every other criterion should beat."""
+    return np.random.default_rng(seed).random(analysis.classes.count)
+
+
+CRITERIA: Mapping[str, Criterion] = {"l1": l1, "l2": l2, "fpgm": fpgm, "bn_scale": bn_scale, "random": random}
+
+
+def _weights(analysis: Analysis) -> Iterator[tuple[Tensor, Plane]]:
+    """Every learned weight of two dimensions or more with each of its planes."""
+    for name, labels in analysis.parameters.items():
+        tensor = attribute(analysis.captured.graph_module, name)
+        if isinstance(tensor, nn.Parameter) and tensor.dim() > 1:
+            for plane in labels.planes:
+                yield tensor.detach(), plane
+
+
+def _summed(analysis: Analysis, score: Callable[[Tensor, list[int]], Tensor]) -> Scores:
+    """Adds up for each class what ``score`` says of a weight after reducing the dimensions it is given."""
+    scores = np.zeros(analysis.classes.count)
+    pinned: Index = analysis.classes.pin_of
+    for weight, plane in _weights(analysis):
+        kept = support(plane)
+        where = analysis.classes.of[core(plane).numpy()]
+        if (pinned[where] >= 0).all():
+            continue
+        others = [dim for dim in range(weight.dim()) if dim not in kept]
+        np.add.at(scores, where, score(weight.float() if weight.dtype.itemsize < 4 else weight, others).double().cpu().numpy())
+    return scores

@@ -1,0 +1,15 @@
+"""The errors of ``graphprune``; the base and the kinds shared with ``speedup`` come from there."""
+
+from speedup.errors import SpeedupError
+
+
+class GraphpruneError(SpeedupError):
+    """Something was asked that cannot be done; the text is one line: subject, fact, remedy."""
+
+
+class ConfigError(GraphpruneError):
+    """What was asked for makes no sense: a value out of range, an unknown name."""
+
+
+class ModelError(GraphpruneError):
+    """The model cannot be loaded, or holds nothing that could be pruned."""
