@@ -117,9 +117,12 @@ def _run(flow: Flow, call: Call, rule: Rule | None) -> Labels | list[Labels]:
 def bind(node: fx.Node, labels: Mapping[str, Any], captured: Captured) -> Call:
     """Returns the call of ``node`` with every argument by name, tensors as labels and numbers as in the example."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]  # call_function nodes hold OpOverloads
-    raw = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
-    raw |= {argument.name: value for argument, value in zip(schema, node.args, strict=False)}
-    raw |= node.kwargs
+    given = dict(zip((argument.name for argument in schema), node.args, strict=False)) | node.kwargs
+    raw = {
+        argument.name: given[argument.name] if argument.name in given else argument.default_value
+        for argument in schema
+        if argument.name in given or argument.has_default_value()
+    }
     constants = {}
     for name, value in raw.items():
         if isinstance(value, fx.Node) and value.op == "get_attr":

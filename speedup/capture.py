@@ -5,6 +5,7 @@ qualified name of every parameter and the line of Python that made each node.
 """
 
 import copy
+import inspect
 import itertools
 import warnings
 from collections.abc import Iterator, Mapping
@@ -80,6 +81,7 @@ def with_batch(inputs: Any, batch: int) -> Any:
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Puts ``models`` into eval mode and gives each submodule its own mode back afterwards."""
     modes = [(module, module.training) for model in models for module in model.modules()]
+    was_training = {model: model.training for model in models}
     fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
         for model in models:
@@ -88,6 +90,8 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
+        for model in models:
+            model.train(was_training[model])
         for module, mode in modes:
             module.training = mode
 
@@ -157,15 +161,19 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
         exported = torch.export.export(
             model, args, kwargs, dynamic_shapes=_by_parameter(model, args, kwargs, shapes), strict=False
         )
-        return exported.module(check_guards=False)  # type: ignore[return-value]  # declared as nn.Module
+    graph_module = exported.module(check_guards=False)
+    assert isinstance(graph_module, fx.GraphModule)
+    for node in graph_module.graph.nodes:
+        if node.target is torch.ops.aten.view.default:  # whether a view is possible depends on type and device
+            node.target = torch.ops.aten.reshape.default
+    graph_module.recompile()
+    return graph_module
 
 
 def _by_parameter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: list[Any]) -> Any:
     """Returns the dynamic shapes in the form ``torch.export`` wants: by name as soon as there is a keyword."""
     if not kwargs:
         return tuple(shapes)
-    import inspect
-
     names = list(inspect.signature(model.forward).parameters)[: len(args)] + list(kwargs)
     return dict(zip(names, shapes, strict=True))
 

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from speedup.analysis import Analysis, attribute, tensor_names
 from speedup.atoms import Labels, Mask
-from speedup.capture import with_batch
+from speedup.capture import evaluating, with_batch
 from speedup.errors import ProofError
 from speedup.literals import raw_argument
 from speedup.plan import ShrinkPlan
@@ -63,7 +63,7 @@ def prove(
         ProofError: They differ; the message names the first node at which they do.
     """
     run = _Lockstep(analysis, live, plan, shrunk, batch, seed)
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(shrunk):
         return run.proof()
 
 
@@ -80,7 +80,8 @@ class _Lockstep:
 
     def proof(self) -> Proof:
         dense_nodes = {node.name: node for node in self.analysis.captured.nodes}
-        last_use = _last_uses(self.shrunk.graph)
+        dense_ends = _last_uses(self.analysis.captured.graph_module.graph)
+        small_ends = _last_uses(self.shrunk.graph)
         dense: dict[str, Any] = {}
         small: dict[str, Any] = {}
         inputs = iter(self.inputs)
@@ -103,8 +104,9 @@ class _Lockstep:
                 compared += 1
                 if far > worst:
                     worst, where = far, node.name
-            for name in last_use.get(node.name, ()):
+            for name in dense_ends.get(node.name, ()):
                 dense.pop(name, None)
+            for name in small_ends.get(node.name, ()):
                 small.pop(name, None)
         return Proof(compared, worst, where, TOLERANCE, self.batch)
 
