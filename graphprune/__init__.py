@@ -1,0 +1,7 @@
+"""Structured pruning on a label engine: ``compress`` a model, ``trace`` its channel groups, ``load`` a result."""
+
+from graphprune.compress import Result, compress
+from graphprune.dependency import ChannelGroup, DependencyGraph, trace
+
+__all__ = ["ChannelGroup", "DependencyGraph", "Result", "compress", "trace"]
+__version__ = "0.1.0"

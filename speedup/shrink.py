@@ -2,7 +2,7 @@
 
 import copy
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,13 +144,26 @@ def shrink(captured: Captured, plan: ShrinkPlan) -> Shrunk:
     graph = shrink_graph(captured, plan)
     for module in captured.graph_module.modules():
         module.training = captured.model.training
-    repairs = find_repairs(captured, plan)
-    module = repaired(captured.model, _swaps(captured, graph), repairs)
-    obstacle = difference(module, graph, captured)
-    if obstacle is None:
-        return Shrunk(module, graph, repairs, None)
+    swaps = _swaps(captured, graph)
+    obstacle = ""
+    for repairs in _candidates(find_repairs(captured, plan)):
+        module = repaired(captured.model, swaps, repairs)
+        found = difference(module, graph, captured)
+        if found is None:
+            return Shrunk(module, graph, repairs, None)
+        obstacle = obstacle or found
     graph.train(captured.model.training)
     return Shrunk(graph, graph, (), obstacle)
+
+
+def _candidates(repairs: tuple[Repair, ...]) -> Iterator[tuple[Repair, ...]]:
+    """Yields the repairs, then the repairs without one of the attribute names: a number can be equal by chance."""
+    yield repairs
+    names = dict.fromkeys(repair.attribute for repair in repairs)
+    for name in names:
+        yield tuple(repair for repair in repairs if repair.attribute != name)
+    if len(names) > 1:
+        yield ()
 
 
 def _swaps(captured: Captured, graph: ShrunkGraph) -> dict[int, Tensor]:

@@ -1,0 +1,62 @@
+"""What a graph costs: parameters and multiply-accumulates, for the whole and for each layer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from speedup.capture import Captured, batch_size
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a graph costs for one example.
+
+    Attributes:
+        params: Number of parameters; tied weights count once.
+        macs: Multiply-accumulates for one example (half the floating-point operations that PyTorch counts).
+        macs_by_layer: The same for each module that owns the weight of an operator.
+        shapes: Shape of every parameter by name.
+    """
+
+    params: int
+    macs: int
+    macs_by_layer: Mapping[str, int]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+class _Counting(fx.Interpreter):
+    """Runs a graph and writes down the operations of each layer."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.flops: dict[str, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        with FlopCounterMode(display=False) as counter:
+            result = super().run_node(n)
+        if count := counter.get_total_flops():
+            owners = [str(source.target) for source in n.all_input_nodes if source.op == "get_attr"]
+            layer = owners[0].rpartition(".")[0] if owners else n.name
+            self.flops[layer] = self.flops.get(layer, 0) + count
+        return result
+
+
+def cost(module: fx.GraphModule, captured: Captured) -> Cost:
+    """Returns what ``module``, the captured graph or a shrunk one, costs; nothing is computed, only shapes."""
+    batch = batch_size((captured.args, captured.kwargs))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        fake = pytree.tree_map(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, captured.flat_inputs())
+        counting = _Counting(module)
+        counting.run(*fake, enable_io_processing=False)
+    return Cost(
+        params=sum(parameter.numel() for parameter in module.parameters()),
+        macs=sum(counting.flops.values()) // 2 // batch,
+        macs_by_layer={layer: flops // 2 // batch for layer, flops in counting.flops.items()},
+        shapes={name: tuple(parameter.shape) for name, parameter in module.named_parameters()},
+    )

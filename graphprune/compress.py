@@ -1,0 +1,166 @@
+"""The pipeline: capture, analyse, score, select, plan, shrink, verify. Read this first."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from graphprune.budget import Cost, cost
+from graphprune.config import Request, closest
+from graphprune.criteria import CRITERIA
+from graphprune.dependency import ChannelGroup, DependencyGraph, find_groups
+from graphprune.errors import ConfigError, ModelError
+from graphprune.report import Report, build_report
+from graphprune.select import Selection, select
+from speedup.analysis import Analysis, analyse, attribute
+from speedup.capture import ExampleInputs, capture
+from speedup.literals import make_plan
+from speedup.plan import ShrinkPlan
+from speedup.probe import preferred_block
+from speedup.shrink import Shrunk, shrink
+from speedup.verify import prove
+
+T = TypeVar("T")
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A shrunk model with everything that is known of it.
+
+    Attributes:
+        model: The shrunk model, in the mode of the original: its class where possible, else the rewritten graph.
+        plan: What was kept of each tensor.
+        report: Everything measured, as plain data.
+        dependencies: The channel groups of the original.
+        selection: What was asked of each group and what it got.
+        shrunk: The model together with its rewritten graph.
+    """
+
+    model: nn.Module
+    plan: ShrinkPlan
+    report: Report
+    dependencies: DependencyGraph
+    selection: Selection
+    shrunk: Shrunk
+
+
+@dataclass
+class Stages:
+    """Runs the stages of the pipeline, tells their names and keeps their seconds."""
+
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __call__(self, name: str, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Returns ``work(*args, **kwargs)``, timed as stage ``name``."""
+        self.progress(name)
+        start = time.perf_counter()
+        result = work(*args, **kwargs)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        return result
+
+
+def compress(
+    model: nn.Module, example_inputs: ExampleInputs, sparsity: float = 0.5, *, progress: Progress = lambda name: None, **options: Any
+) -> Result:
+    """Returns a physically smaller ``model``, proven equal to the original with the removed channels masked.
+
+    The user's model is not changed.
+
+    Args:
+        model: Any module that ``torch.export`` can capture.
+        example_inputs: A tensor, a tuple of positional inputs or a mapping of keyword inputs.
+        sparsity: Share of the channels of every prunable group that goes, in [0, 1).
+        progress: Called with the name of each stage as it begins.
+        **options: The other fields of :class:`~graphprune.config.Request`: criterion, scope, exclude, only, round_to,
+            min_channels, seed, strict.
+
+    Raises:
+        ConfigError: An option makes no sense for this model.
+        ModelError: Nothing can be pruned, or the weights are not numbers.
+        CaptureError: ``torch.export`` cannot capture the model.
+        ProofError: The shrunk model is not equal to the masked original: no model is handed over.
+    """
+    request = Request.of(sparsity=sparsity, **options)
+    stage = Stages(progress)
+
+    captured = stage("capture", capture, model, example_inputs)
+    analysis = stage("analyse", analyse, captured)
+    _check(analysis, request)
+    dependencies = stage("group", find_groups, analysis)
+    scores = stage("score", CRITERIA[request.criterion], analysis, request.seed)
+    block = stage("probe", preferred_block) if request.round_to == "auto" else request.round_to
+    selection = stage(
+        "select",
+        select,
+        dependencies,
+        scores,
+        request.sparsity,
+        scope=request.scope,
+        round_to=block,
+        min_channels=request.min_channels,
+        spared=_spared(model, request),
+    )
+    _check_something_goes(dependencies, selection, request)
+    plan = stage("plan", make_plan, analysis, selection.live)
+    shrunk = stage("shrink", shrink, captured, plan)
+    proof = stage("verify", prove, analysis, selection.live, plan, shrunk.graph, seed=request.seed)
+    costs = stage("count", _costs, analysis, shrunk)
+    report = build_report(request, block, dependencies, selection, shrunk, proof, *costs, stage.seconds)
+    return Result(shrunk.model, plan, report, dependencies, selection, shrunk)
+
+
+def _costs(analysis: Analysis, shrunk: Shrunk) -> tuple[Cost, Cost]:
+    return cost(analysis.captured.graph_module, analysis.captured), cost(shrunk.graph, analysis.captured)
+
+
+def _check(analysis: Analysis, request: Request) -> None:
+    """Refuses weights that are not numbers and, if strict, operators without a rule."""
+    for name in analysis.parameters:
+        tensor = attribute(analysis.captured.graph_module, name)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"{name}: holds values that are not finite. Load weights that are.")
+    if request.strict and analysis.unknown:
+        node = analysis.unknown[0]
+        raise ModelError(f"{node.name}: operator {node.target} has no rule. Leave out --strict to pin what reaches it.")
+
+
+def _spared(model: nn.Module, request: Request) -> Callable[[ChannelGroup], str | None]:
+    """Returns the function that says why a group is left alone: --exclude and --only, by module."""
+    names = [name for name, _ in model.named_modules() if name]
+    excluded, wanted = (_matching(names, patterns) for patterns in (request.exclude, request.only))
+
+    def spared(group: ChannelGroup) -> str | None:
+        producers = {member.module for member in group.members if member.role == "out"}
+        if hit := sorted(producers & excluded):
+            return f"excluded by name ({hit[0]})"
+        if request.only and not producers & wanted:
+            return "not among the modules asked for"
+        return None
+
+    return spared
+
+
+def _matching(names: list[str], patterns: tuple[str, ...]) -> set[str]:
+    """The modules that a name or glob means, with everything inside them."""
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = [name for name in names if fnmatchcase(name, pattern)]
+        if not hits:
+            raise ConfigError(f"{pattern!r}: no module has that name{closest(pattern, names)}. Use a name or glob of the model's modules.")
+        found.update(name for name in names if any(name == hit or name.startswith(f"{hit}.") for hit in hits))
+    return found
+
+
+def _check_something_goes(dependencies: DependencyGraph, selection: Selection, request: Request) -> None:
+    if request.sparsity == 0 or not bool(np.all(selection.live)):
+        return
+    reasons = [choice.note for choice in selection.choices if choice.note and "kernel" not in choice.note]
+    why = max(set(reasons), key=reasons.count) if reasons else "it has no channels that could go"
+    raise ModelError(f"model: nothing can be pruned ({why}). Look at its groups with graphprune inspect.")

@@ -1,0 +1,82 @@
+"""What was asked, validated before anything is done."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from graphprune.criteria import CRITERIA
+from graphprune.errors import ConfigError
+
+
+class Request(BaseModel):
+    """What a user asks of :func:`graphprune.compress`.
+
+    Attributes:
+        sparsity: Share of the channels of every prunable group that goes, in [0, 1).
+        criterion: What scores a channel: l1, l2, fpgm, bn_scale or random.
+        scope: ``local`` takes the share from each group, ``global`` from all of them by one ranking.
+        exclude: Modules whose output channels stay, by name or glob.
+        only: If given, the only modules whose output channels may go, by name or glob.
+        round_to: What is kept of an axis is a multiple of this; ``auto`` asks onnxruntime on this CPU.
+        min_channels: Channels that every axis keeps at least.
+        seed: Of everything that is random.
+        strict: Whether an operator without a rule is an error instead of a pin.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sparsity: float = 0.5
+    criterion: str = "l1"
+    scope: Literal["local", "global"] = "local"
+    exclude: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    round_to: int | Literal["auto"] = "auto"
+    min_channels: int = 1
+    seed: int = 0
+    strict: bool = False
+
+    @field_validator("sparsity")
+    @classmethod
+    def _sparsity_is_a_share(cls, value: float) -> float:
+        if not 0 <= value < 1:
+            raise ValueError("is not in [0, 1). Use a share such as 0.5")
+        return value
+
+    @field_validator("criterion")
+    @classmethod
+    def _criterion_is_known(cls, value: str) -> str:
+        if value not in CRITERIA:
+            raise ValueError(f"is not known. Use one of {', '.join(CRITERIA)}{closest(value, list(CRITERIA))}")
+        return value
+
+    @field_validator("round_to", "min_channels")
+    @classmethod
+    def _counts_are_positive(cls, value: Any) -> Any:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("is below 1. Use 1 or more")
+        return value
+
+    @classmethod
+    def of(cls, **values: Any) -> "Request":
+        """Returns the request with these values.
+
+        Raises:
+            ConfigError: A value makes no sense; one line that names it and what would.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0]) if first["loc"] else "request"
+            shown = values.get(name)
+            if first["type"] == "value_error":
+                raise ConfigError(f"{name} {shown!r}: {first['ctx']['error']}.") from error
+            raise ConfigError(f"{name} {shown!r}: {first['msg'][0].lower()}{first['msg'][1:]}.") from error
+
+
+def closest(word: str, known: Sequence[str]) -> str:
+    """Returns " (did you mean 'x'?)" for the known word nearest to ``word``, or nothing."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
