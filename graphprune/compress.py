@@ -21,7 +21,6 @@ from speedup.analysis import Analysis, analyse, attribute
 from speedup.capture import ExampleInputs, capture
 from speedup.literals import make_plan
 from speedup.plan import ShrinkPlan
-from speedup.probe import preferred_block
 from speedup.shrink import Shrunk, shrink
 from speedup.verify import prove
 
@@ -67,7 +66,12 @@ class Stages:
 
 
 def compress(
-    model: nn.Module, example_inputs: ExampleInputs, sparsity: float = 0.5, *, progress: Progress = lambda name: None, **options: Any
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    sparsity: float = 0.5,
+    *,
+    progress: Progress = lambda name: None,
+    **options: Any,
 ) -> Result:
     """Returns a physically smaller ``model``, proven equal to the original with the removed channels masked.
 
@@ -95,7 +99,7 @@ def compress(
     _check(analysis, request)
     dependencies = stage("group", find_groups, analysis)
     scores = stage("score", CRITERIA[request.criterion], analysis, request.seed)
-    block = stage("probe", preferred_block) if request.round_to == "auto" else request.round_to
+    block = stage("probe", _preferred_block) if request.round_to == "auto" else request.round_to
     selection = stage(
         "select",
         select,
@@ -112,8 +116,23 @@ def compress(
     shrunk = stage("shrink", shrink, captured, plan)
     proof = stage("verify", prove, analysis, selection.live, plan, shrunk.graph, seed=request.seed)
     costs = stage("count", _costs, analysis, shrunk)
-    report = build_report(request, block, dependencies, selection, shrunk, proof, *costs, stage.seconds)
+    report = build_report(
+        request=request,
+        block=block,
+        dependencies=dependencies,
+        selection=selection,
+        shrunk=shrunk,
+        proof=proof,
+        costs=costs,
+        seconds=stage.seconds,
+    )
     return Result(shrunk.model, plan, report, dependencies, selection, shrunk)
+
+
+def _preferred_block() -> int:
+    from speedup.probe import preferred_block  # noqa: PLC0415 - onnxruntime takes half a second to import
+
+    return preferred_block()
 
 
 def _costs(analysis: Analysis, shrunk: Shrunk) -> tuple[Cost, Cost]:
@@ -153,7 +172,9 @@ def _matching(names: list[str], patterns: tuple[str, ...]) -> set[str]:
     for pattern in patterns:
         hits = [name for name in names if fnmatchcase(name, pattern)]
         if not hits:
-            raise ConfigError(f"{pattern!r}: no module has that name{closest(pattern, names)}. Use a name or glob of the model's modules.")
+            raise ConfigError(
+                f"{pattern!r}: no module has that name{closest(pattern, names)}. Use a name or glob of modules."
+            )
         found.update(name for name in names if any(name == hit or name.startswith(f"{hit}.") for hit in hits))
     return found
 
@@ -161,6 +182,7 @@ def _matching(names: list[str], patterns: tuple[str, ...]) -> set[str]:
 def _check_something_goes(dependencies: DependencyGraph, selection: Selection, request: Request) -> None:
     if request.sparsity == 0 or not bool(np.all(selection.live)):
         return
-    reasons = [choice.note for choice in selection.choices if choice.note and "kernel" not in choice.note]
+    notes = [(choice.group.pin is None, choice.note) for choice in selection.choices if choice.note]
+    reasons = [note for free, note in notes if free] or [note for _, note in notes if "kernel" not in note]
     why = max(set(reasons), key=reasons.count) if reasons else "it has no channels that could go"
     raise ModelError(f"model: nothing can be pruned ({why}). Look at its groups with graphprune inspect.")

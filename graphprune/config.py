@@ -51,6 +51,13 @@ class Request(BaseModel):
             raise ValueError(f"is not known. Use one of {', '.join(CRITERIA)}{closest(value, list(CRITERIA))}")
         return value
 
+    @field_validator("round_to", mode="before")
+    @classmethod
+    def _round_to_is_a_number(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "auto":
+            raise ValueError("is no number. Use one such as 8, or auto")
+        return value
+
     @field_validator("round_to", "min_channels")
     @classmethod
     def _counts_are_positive(cls, value: Any) -> Any:

@@ -53,10 +53,11 @@ class ChannelGroup:
         name: The first parameter that produces its channels.
         classes: The label classes of the group, shape (classes,).
         unit_of: The unit of each of them, shape (classes,): a unit goes whole (one channel, or one head).
-        cell_of: The cell of each unit, shape (units,): units of one cell touch the same axes.
+        axes: The units along each axis, equal axes once: shape (channels of the axis,).
         locked: Which units must stay, shape (units,).
         counts: Blocks in which every row must keep the same number: for each block the number of members that a unit
             has in a row, shape (rows, units).
+        weaves: Sequences of units whose survivors must take turns as the rows do, shape (turns, rows).
         members: The axes it runs through.
         pin: Why nothing of it may go; None if something may.
     """
@@ -65,9 +66,10 @@ class ChannelGroup:
     name: str
     classes: Index
     unit_of: Index
-    cell_of: Index
+    axes: tuple[Index, ...]
     locked: Mask
     counts: tuple[Index, ...]
+    weaves: tuple[Index, ...]
     members: tuple[Member, ...]
     pin: str | None
 
@@ -141,8 +143,15 @@ def find_groups(analysis: Analysis) -> DependencyGraph:
     counted = [block for block, rows in zip(blocks, whole, strict=True) if not rows]
     members = _members(analysis, axes, group_of)
     parts = _positions(group_of)
+    carriers: dict[str, list[_Axis]] = {}
+    for axis in axes:
+        carriers.setdefault(axis.tensor, []).append(axis)
+
+    def by_tensor(inside: Sequence[Member]) -> list[_Axis]:
+        return [axis for name in dict.fromkeys(member.tensor for member in inside) for axis in carriers[name]]
+
     found = [
-        _group(index, parts[label], members[label], analysis, signature, unit_of, counted)
+        _group(index, parts[label], members[label], analysis, by_tensor(members[label]), unit_of, counted)
         for index, label in enumerate(members)
     ]
     return DependencyGraph(analysis, tuple(found))
@@ -192,7 +201,9 @@ def _group_of(signature: NDArray[np.uint64], pinned: Mask, blocks: Sequence[Bloc
     count = int(cell.max(initial=0)) + 1
     links = np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
     ends = np.concatenate(columns) if columns else np.empty(0, dtype=np.int64)
-    _, component = connected_components(coo_array((np.ones(len(links)), (links, ends)), shape=(count, count)), directed=False)
+    _, component = connected_components(
+        coo_array((np.ones(len(links)), (links, ends)), shape=(count, count)), directed=False
+    )
     group = component.astype(np.int64)[cell]
     carried = np.zeros(int(group.max(initial=0)) + 1, dtype=np.bool_)
     carried[group[~bare]] = True
@@ -227,7 +238,9 @@ def _unit_of(count: int, blocks: Sequence[Block]) -> Index:
         rows.append(np.repeat(block.slabs, block.members.shape[1]))
         columns.append(block.members.reshape(-1))
     links, ends = np.concatenate(rows), np.concatenate(columns)
-    _, unit = connected_components(coo_array((np.ones(len(links)), (links, ends)), shape=(count, count)), directed=False)
+    _, unit = connected_components(
+        coo_array((np.ones(len(links)), (links, ends)), shape=(count, count)), directed=False
+    )
     return unit.astype(np.int64)
 
 
@@ -277,7 +290,7 @@ def _group(
     classes: Index,
     members: Sequence[Member],
     analysis: Analysis,
-    signature: NDArray[np.uint64],
+    axes: Sequence[_Axis],
     unit_of: Index,
     counted: Sequence[Block],
 ) -> ChannelGroup:
@@ -288,17 +301,18 @@ def _group(
     local = np.full(analysis.classes.count, -1, dtype=np.int64)
     local[classes] = unit
     counts = [table for block in counted if (table := _count_table(block, local, len(units))) is not None]
-    cell = np.zeros(len(units), dtype=np.uint64)
-    np.add.at(cell, unit, signature[classes])
+    weaves = [local[weave.turns] for weave in analysis.classes.weaves if (local[weave.turns] >= 0).all()]
+    along = [local[axis.classes[local[axis.classes] >= 0]] for axis in axes if len(axis.dims) == 1]
     producers = [member for member in members if member.role == "out"] or list(members)
     return ChannelGroup(
         index=index,
         name=producers[0].tensor,
         classes=classes,
         unit_of=unit,
-        cell_of=np.unique(cell, return_inverse=True)[1],
+        axes=tuple({units.tobytes(): units for units in along if len(units)}.values()),
         locked=locked,
         counts=tuple(counts),
+        weaves=tuple(weaves),
         members=tuple(members),
         pin=_pin_reason(analysis.classes, classes) if locked.all() else None,
     )

@@ -1,7 +1,8 @@
-"""The result as plain data, and as a table to print."""
+"""What is known of a model or of a compression, as plain data ready for JSON."""
 
 import platform
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
@@ -10,8 +11,8 @@ import torch
 
 from graphprune.budget import Cost
 from graphprune.config import Request
-from graphprune.dependency import DependencyGraph
-from graphprune.select import Selection
+from graphprune.dependency import ChannelGroup, DependencyGraph, Member
+from graphprune.select import Choice, Selection
 from speedup.shrink import Shrunk
 from speedup.verify import Proof
 
@@ -31,27 +32,31 @@ class Change:
 
 
 def build_report(
+    *,
     request: Request,
     block: int,
     dependencies: DependencyGraph,
     selection: Selection,
     shrunk: Shrunk,
     proof: Proof,
-    dense_cost: Cost,
-    small_cost: Cost,
+    costs: tuple[Cost, Cost],
     seconds: Mapping[str, float],
 ) -> Report:
-    """Returns everything that is known of a compression, ready for JSON."""
+    """Returns everything that is known of a compression; ``costs`` are those of the dense and of the shrunk graph."""
+    dense, small = costs
     return {
         "request": request.model_dump(),
         "round_to": block,
-        "params": Change(dense_cost.params, small_cost.params).to_json(),
-        "macs": Change(dense_cost.macs, small_cost.macs).to_json(),
-        "groups": _groups(selection),
-        "layers": _layers(dense_cost, small_cost),
+        "params": Change(dense.params, small.params).to_json(),
+        "macs": Change(dense.macs, small.macs).to_json(),
+        "groups": [_chosen(choice) for choice in selection.choices if choice.group.pin is None],
+        "layers": _layers(dense, small),
         "pinned": _pinned(dependencies, selection),
+        "unknown_operators": [
+            {"node": node.name, "operator": str(node.target)} for node in dependencies.analysis.unknown
+        ],
         "result": {
-            "form": "graph" if shrunk.obstacle else "module",
+            "form": "module" if shrunk.obstacle is None else "graph",
             "obstacle": shrunk.obstacle,
             "repairs": [asdict(repair) for repair in shrunk.repairs],
         },
@@ -61,48 +66,95 @@ def build_report(
     }
 
 
-def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
-    packages = ("graphprune", "torch", "onnx", "onnxruntime", "numpy", "scipy", "networkx")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}, "torch": torch.__version__}
+def describe_groups(dependencies: DependencyGraph) -> list[dict[str, Any]]:
+    """Returns what there is to say of every channel group of a model: size, members, ties by kind, why it is pinned.
 
-
-def _groups(selection: Selection) -> list[dict[str, Any]]:
+    Kernel sizes, positions and vocabularies, of which nobody expects that they shrink, are left out.
+    """
+    ties: dict[int, dict[str, str]] = {}
+    for axis, _, tie in dependencies.graph.edges(data=True):
+        ties.setdefault(axis[2], {})[tie["node"]] = tie["kind"]
+    structural = _structural(dependencies)
     return [
         {
-            "name": choice.group.name,
-            "units": choice.group.units,
-            "unit_width": choice.group.width,
-            "asked": choice.asked,
-            "kept": choice.kept,
-            "note": choice.note,
-            "members": sorted({member.tensor for member in choice.group.members}),
+            "name": group.name,
+            "units": group.units,
+            "unit_width": group.width,
+            "prunable": group.size,
+            "members": _members(group.members),
+            "ties": dict(Counter(ties.get(group.index, {}).values()).most_common()),
+            "pin": group.pin,
         }
-        for choice in selection.choices
-        if choice.group.pin is None
+        for group in dependencies.groups
+        if group.pin not in structural
+    ]
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    packages = ("graphprune", "torch", "onnx", "onnxruntime", "onnxscript", "numpy", "scipy", "networkx", "safetensors")
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "torch": torch.__version__,
+    }
+
+
+def _chosen(choice: Choice) -> dict[str, Any]:
+    group = choice.group
+    return {
+        "name": group.name,
+        "units": group.units,
+        "unit_width": group.width,
+        "asked": choice.asked,
+        "kept": choice.kept,
+        "note": choice.note,
+        "members": _members(group.members),
+    }
+
+
+def _members(members: Sequence[Member]) -> list[dict[str, Any]]:
+    return [
+        {"tensor": member.tensor, "dims": list(member.dims), "channels": member.channels, "role": member.role}
+        for member in members
     ]
 
 
 def _layers(dense: Cost, small: Cost) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": name,
-            "dense_shape": shape,
-            "shape": small.shapes.get(name, ()),
-            "macs": Change(
-                dense.macs_by_layer.get(name.rpartition(".")[0], 0), small.macs_by_layer.get(name.rpartition(".")[0], 0)
-            ).to_json(),
-        }
-        for name, shape in dense.shapes.items()
-    ]
+    """Each module with parameters or multiply-accumulates of its own, before and after."""
+    owners = [name.rpartition(".")[0] for name in dense.shapes]
+    layers = []
+    for layer in dict.fromkeys([*owners, *dense.macs_by_layer]):
+        names = [name for name, owner in zip(dense.shapes, owners, strict=True) if owner == layer]
+        shapes = {name: (dense.shapes[name], small.shapes.get(name, ())) for name in names}
+        layers.append(
+            {
+                "name": layer,
+                "params": Change(*(_numel(one[i] for one in shapes.values()) for i in range(2))).to_json(),
+                "macs": Change(dense.macs_by_layer.get(layer, 0), small.macs_by_layer.get(layer, 0)).to_json(),
+                "shapes": {name: {"dense": list(one), "shrunk": list(other)} for name, (one, other) in shapes.items()},
+            }
+        )
+    return layers
+
+
+def _numel(shapes: Any) -> int:
+    return sum(int(torch.Size(shape).numel()) for shape in shapes)
 
 
 def _pinned(dependencies: DependencyGraph, selection: Selection) -> list[dict[str, Any]]:
     """Groups that were left alone and why; kernel sizes and positions, which nobody expects to shrink, are left out."""
-    pins = dependencies.analysis.classes.pins
-    structural = {f"{pin.reason} ({pin.node})" for pin in pins if pin.structural}
+    structural = _structural(dependencies)
     return [
-        {"name": choice.group.name, "units": choice.group.units, "reason": choice.note}
+        {"name": choice.group.name, "units": choice.group.units, "reason": choice.note, "members": _names(choice.group)}
         for choice in selection.choices
         if choice.kept == choice.group.units and choice.note and choice.note not in structural
     ]
+
+
+def _structural(dependencies: DependencyGraph) -> set[str | None]:
+    return {f"{pin.reason} ({pin.node})" for pin in dependencies.analysis.classes.pins if pin.structural}
+
+
+def _names(group: ChannelGroup) -> list[str]:
+    return sorted({member.tensor for member in group.members})

@@ -1,12 +1,13 @@
 """Scores, a target and constraints in; the channels that stay out."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import block_array, csr_array, eye_array
+from scipy.sparse import csr_array
 
 from graphprune.criteria import Scores
 from graphprune.dependency import ChannelGroup, DependencyGraph
@@ -81,7 +82,7 @@ def select(
             continue
         asked = targets[group.index]
         wanted, note = _rounded(group, asked, round_to, min_channels)
-        keep = _best(group, unit_scores[group.index], wanted)
+        keep = _best(group, unit_scores[group.index], asked, wanted, round_to)
         live[group.classes[~keep[group.unit_of]]] = False
         kept = int(keep.sum())
         if kept != wanted:
@@ -115,18 +116,26 @@ def _removed(units: int, sparsity: float) -> int:
 
 def _rounded(group: ChannelGroup, asked: int, round_to: int, min_channels: int) -> tuple[int, str | None]:
     """Units to keep after rounding, and a note where that is not what was asked."""
-    step = round_to // np.gcd(round_to, group.width)
-    least = max(1, -(-min_channels // group.width), group.units - group.size)
-    wanted = max(int(asked // step * step), min(int(step), group.units), min(least, group.units))
+    step = int(round_to // np.gcd(round_to, group.width))
+    least = min(max(1, -(-min_channels // group.width), group.units - group.size), group.units)
+    wanted = max(_multiple(asked, step, group.units), least)
     if wanted > asked:
-        return wanted, f"kept {wanted} instead of {asked}: {'at least ' + str(least) if wanted == least else 'a multiple of ' + str(step)}"
+        return (
+            wanted,
+            f"keeps {wanted} instead of {asked}: {'at least ' + str(least) if wanted == least else 'a multiple of ' + str(step)}",
+        )
     return wanted, f"rounded to a multiple of {step}" if wanted < asked else None
 
 
-def _best(group: ChannelGroup, scores: Scores, wanted: int) -> Mask:
+def _multiple(count: float, step: int, size: int) -> int:
+    """``count`` rounded down to a multiple of ``step``, at least one multiple, at most ``size``."""
+    return min(max(int(count // step) * step, step), size)
+
+
+def _best(group: ChannelGroup, scores: Scores, asked: int, wanted: int, round_to: int) -> Mask:
     """The ``wanted`` units of highest score that leave every block rectangular, shape (units,)."""
-    if group.counts:
-        return _best_rectangular(group, scores, wanted)
+    if group.counts or group.weaves:
+        return _best_rectangular(group, scores, asked / group.units, round_to)
     keep = group.locked.copy()
     free = np.flatnonzero(~group.locked)
     ranking = free[np.argsort(-scores[free], kind="stable")]
@@ -134,44 +143,141 @@ def _best(group: ChannelGroup, scores: Scores, wanted: int) -> Mask:
     return keep
 
 
-def _best_rectangular(group: ChannelGroup, scores: Scores, wanted: int) -> Mask:
-    """Solves the choice as a mixed integer program: one binary for each unit, equal rows in each block.
+def _best_rectangular(group: ChannelGroup, scores: Scores, share: float, step: int) -> Mask:
+    """The units of highest score that leave every block rectangular when each axis keeps ``share`` of its channels.
 
-    The number of units kept and the share kept of each cell may miss their targets, at a price far above any score.
+    Nested halves that must stay equal need counts that can be halved: where no choice exists the counts are rounded
+    down to multiples of 2, 4 and 8 times ``step``; if there is still none, everything stays.
     """
-    units = group.units
-    cells = int(group.cell_of.max()) + 1
-    rows = np.concatenate([table[1:] - table[:1] for table in group.counts])
-    rows = rows[rows.any(axis=1)]
-    membership = csr_array((np.ones(units), (group.cell_of, np.arange(units))), shape=(cells, units))
-    share = wanted / units * membership.sum(axis=1)
-    slack = eye_array(cells)
-    total = csr_array(np.ones((1, units)))
-    one = csr_array(np.ones((1, 1)))
-    matrix = block_array(
-        [
-            [csr_array(rows) if len(rows) else None, None, None, None, None],
-            [membership, slack, -slack, None, None],
-            [total, None, None, one, -one],
-        ][0 if len(rows) else 1 :],
-        format="csr",
-    )
-    right = np.concatenate([np.zeros(len(rows)), share, [wanted]])
-    size = scores.max() or 1.0
-    cost = np.concatenate([-scores / size, np.full(2 * cells, 4.0), np.full(2, 4.0 * units)])
-    low = np.concatenate([group.locked.astype(float), np.zeros(2 * cells + 2)])
-    high = np.concatenate([np.ones(units), np.full(2 * cells + 2, np.inf)])
-    result = milp(
-        cost,
-        constraints=LinearConstraint(matrix, right, right),
-        bounds=Bounds(low, high),
-        integrality=np.concatenate([np.ones(units), np.zeros(2 * cells + 2)]),
-        options={"node_limit": 2000, "mip_rel_gap": 1e-3},
-    )
-    if result.x is None:
-        return np.ones(units, dtype=np.bool_)
-    keep: Mask = result.x[:units] > 0.5
-    return keep
+    for scale in (1, 2, 4, 8):
+        keep = _solved(group, scores, share, step * scale)
+        if keep is not None:
+            return keep
+    return np.ones(group.units, dtype=np.bool_)
+
+
+def _solved(group: ChannelGroup, scores: Scores, share: float, step: int) -> Mask | None:
+    """Two integer programs: how many units stay of each cell, then which; None where the counts cannot be met.
+
+    Units of one cell stand in the same axes and in the same rows. An axis may miss its count at a price.
+    """
+    cell_of = _cells(group)
+    sizes = np.bincount(cell_of)
+    counting = _Program(sizes)
+    for axis in group.axes:
+        weights = np.bincount(cell_of[axis], minlength=len(sizes)) / sizes
+        counting.aim(weights, _multiple(share * len(axis) + 1e-9, step, len(axis)))
+    for table in group.counts:
+        by_cell = np.stack([np.bincount(cell_of, weights=row, minlength=len(sizes)) / sizes for row in table])
+        for row in by_cell[1:]:
+            counting.between(row - by_cell[0], 0, 0)
+    for weave in group.weaves:
+        for lead in _leads_between_cells(cell_of[weave], sizes):
+            counting.between(lead, 0, 1)
+    counts = counting.solve(np.zeros(len(sizes)), np.bincount(cell_of, weights=group.locked))
+    if counts is None:
+        return None
+    choosing = _Program(np.ones(group.units))
+    for cell, count in enumerate(np.rint(counts)):
+        choosing.between((cell_of == cell).astype(float), count, count)
+    for weave in group.weaves:
+        choosing.take_turns(weave)
+    chosen = choosing.solve(scores / (scores.max() or 1.0), group.locked.astype(float))
+    return None if chosen is None else chosen > 0.5
+
+
+def _cells(group: ChannelGroup) -> Index:
+    """The cell of each unit, shape (units,): units that stand equally often in every axis and every row."""
+    columns = [np.bincount(axis, minlength=group.units) for axis in group.axes]
+    columns += [row for table in group.counts for row in table]
+    columns.append(group.locked.astype(np.int64))
+    return np.unique(np.stack(columns), axis=1, return_inverse=True)[1].reshape(-1)
+
+
+def _leads_between_cells(turns: Index, sizes: Index) -> Iterator[NDArray[np.float64]]:
+    """Yields how far each row is ahead of the next, as weights of cells, wherever a weave has finished every cell it began."""
+    length, rows = turns.shape
+    sequence = turns.reshape(-1)
+    cells, first = np.unique(sequence, return_index=True)
+    last = len(sequence) - 1 - np.unique(sequence[::-1], return_index=True)[1]
+    opened = np.zeros(len(sequence) + 1, dtype=np.int64)
+    np.add.at(opened, first + 1, 1)
+    np.add.at(opened, last + 1, -1)
+    for end in np.flatnonzero(np.cumsum(opened)[1:-1] == 0) + 1:
+        ahead = np.zeros((rows, len(sizes)))
+        np.add.at(ahead, (np.arange(end) % rows, sequence[:end]), 1.0)
+        ahead /= sizes
+        for row in range(rows):
+            yield ahead[row] - ahead[(row + 1) % rows] if row + 1 < rows else ahead[0] - ahead[row]
+
+
+class _Program:
+    """An integer program over what stays of each unit or cell, written down constraint by constraint."""
+
+    def __init__(self, sizes: NDArray[Any]) -> None:
+        """Starts with one integer between 0 and each of ``sizes``."""
+        self.sizes = sizes
+        self.columns = len(sizes)
+        self.cost: list[float] = []
+        self.high: list[float] = []
+        self.entries: list[tuple[Index, Index, NDArray[np.float64]]] = []
+        self.bounds: list[tuple[float, float]] = []
+
+    def _variables(self, count: int, high: float, cost: float) -> Index:
+        """New variables between 0 and ``high``: their columns."""
+        first = self.columns
+        self.columns += count
+        self.cost += [cost] * count
+        self.high += [high] * count
+        return np.arange(first, self.columns)
+
+    def _constraint(self, columns: Index, values: NDArray[np.float64], low: float, high: float) -> None:
+        self.entries.append((np.full(len(columns), len(self.bounds)), columns, values))
+        self.bounds.append((low, high))
+
+    def between(self, weights: NDArray[np.float64], low: float, high: float) -> None:
+        """What stays weighs between ``low`` and ``high``."""
+        columns = np.flatnonzero(weights)
+        if len(columns):
+            self._constraint(columns, weights[columns], low, high)
+
+    def aim(self, weights: NDArray[np.float64], target: int) -> None:
+        """What stays weighs ``target``, or misses it at a price for each; at least one stays."""
+        columns = np.flatnonzero(weights)
+        over, under = self._variables(2, np.inf, 1.0)
+        self._constraint(np.append(columns, [over, under]), np.append(weights[columns], [-1.0, 1.0]), target, target)
+        self._constraint(columns, weights[columns], 1, np.inf)
+
+    def take_turns(self, turns: Index) -> None:
+        """Along a weave, shape (turns, rows), each row is ahead of the next, and the first of the last, by 0 or 1."""
+        rows = turns.shape[1]
+        sequence = turns.reshape(-1)
+        lead = self._variables(len(sequence) * (rows - 1), 1, 0).reshape(len(sequence), rows - 1)
+        for gap in range(rows - 1):
+            for place, unit in enumerate(sequence.tolist()):
+                step = (place % rows == gap) - (place % rows == gap + 1)
+                columns = [lead[place, gap], *([lead[place - 1, gap]] if place else []), *([unit] if step else [])]
+                values = [1.0, *([-1.0] if place else []), *([-float(step)] if step else [])]
+                self._constraint(np.array(columns), np.array(values), 0, 0)
+        if rows > 2:
+            for place in lead:
+                self._constraint(place, np.ones(rows - 1), 0, 1)
+        self._constraint(lead[-1], np.ones(rows - 1), 0, 0)
+
+    def solve(self, scores: Scores, low: NDArray[np.float64]) -> NDArray[np.float64] | None:
+        """Returns how much stays of each, at least ``low``: the highest sum of scores less the price of what is missed."""
+        rows, columns, values = (np.concatenate(parts) for parts in zip(*self.entries, strict=True))
+        matrix = csr_array((values, (rows, columns)), shape=(len(self.bounds), self.columns))
+        least, most = np.array(self.bounds).T
+        extra = self.columns - len(self.sizes)
+        result = milp(
+            np.concatenate([-scores, self.cost]),
+            constraints=LinearConstraint(matrix, least, most),
+            bounds=Bounds(np.concatenate([low, np.zeros(extra)]), np.concatenate([self.sizes, self.high])),
+            integrality=np.concatenate([np.ones(len(self.sizes)), np.zeros(extra)]),
+            options={"node_limit": 5000, "mip_rel_gap": 1e-3},
+        )
+        return None if result.x is None else result.x[: len(self.sizes)]
 
 
 def rectangular(group: ChannelGroup, keep: Mask) -> bool:

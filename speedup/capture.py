@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from speedup.errors import CaptureError
@@ -32,12 +32,14 @@ class Captured:
         graph_module: The captured graph; its ``get_attr`` nodes name the tensors of ``model``, which it shares.
         args: Positional example inputs, with a batch of two or more.
         kwargs: Keyword example inputs, likewise.
+        program: What ``torch.export`` gave, from which the graph was made.
     """
 
     model: nn.Module
     graph_module: fx.GraphModule
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    program: ExportedProgram
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -127,12 +129,31 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Captured:
             except Exception as error:  # torch.export has no common error class
                 refusal = refusal or error
                 continue
-            return Captured(model, exported, args, kwargs)
+            return captured_from(exported, model)
     assert refusal is not None
     raise CaptureError(
         f"{name}: torch.export cannot capture it whole ({_first_line(refusal)}). "
         "Remove control flow that depends on data, or prune a submodule."
     ) from refusal
+
+
+def captured_from(program: ExportedProgram, model: nn.Module | None = None) -> Captured:
+    """Returns an exported program, fresh or loaded from a .pt2 file, as a graph.
+
+    Args:
+        program: Exported without decomposition, so that composite operators are whole.
+        model: The module it was exported from; if there is none any more, its graph stands for it.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as in _export
+        graph_module = program.module(check_guards=False)
+    assert isinstance(graph_module, fx.GraphModule)
+    for node in graph_module.graph.nodes:
+        if node.target is torch.ops.aten.view.default:  # whether a view is possible depends on type and device
+            node.target = torch.ops.aten.reshape.default
+    graph_module.recompile()
+    args, kwargs = program.example_inputs
+    return Captured(graph_module if model is None else model, graph_module, args, kwargs, program)
 
 
 def _attempts(
@@ -147,7 +168,7 @@ def _attempts(
     yield args, kwargs, False
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool) -> fx.GraphModule:
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool) -> ExportedProgram:
     batch = batch_size((args, kwargs))
 
     def spec(leaf: Any) -> Any:
@@ -158,16 +179,9 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
     shapes = [pytree.tree_map(spec, value) for value in itertools.chain(args, kwargs.values())]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # notes of torch.export on its own internals
-        exported = torch.export.export(
+        return torch.export.export(
             model, args, kwargs, dynamic_shapes=_by_parameter(model, args, kwargs, shapes), strict=False
         )
-    graph_module = exported.module(check_guards=False)
-    assert isinstance(graph_module, fx.GraphModule)
-    for node in graph_module.graph.nodes:
-        if node.target is torch.ops.aten.view.default:  # whether a view is possible depends on type and device
-            node.target = torch.ops.aten.reshape.default
-    graph_module.recompile()
-    return graph_module
 
 
 def _by_parameter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: list[Any]) -> Any:

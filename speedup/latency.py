@@ -1,13 +1,13 @@
 """Latency of models measured side by side, as ratios with confidence.
 
-`benchmark` is the whole story: load, warm up, time in interleaved rounds, summarise. `probe` turns ONNX files into
+`benchmark` is the whole story: load, warm up, time in interleaved rounds, summarise. `session` turns ONNX files into
 runners; the loop here takes any `Runner` and a clock. Results are plain frozen data that keep every raw time; printing
 is somebody else's work.
 
 Two things distort models that take turns in one process. Both were measured before they were dealt with:
 
 * A session's threads go on spinning after its run and take the cores from the next model: with 2 threads on 2 cores
-  MobileNetV2 showed 6.5 ms instead of 2.1 ms. `probe.open_session` ends the spinning with the run.
+  MobileNetV2 showed 6.5 ms instead of 2.1 ms. `session.open_session` ends the spinning with the run.
 * The model before has emptied the caches: 10 to 20 % on MobileNetV2, nothing on ResNet-50, so that small models are
   wronged. Each timed run therefore comes right after an untimed run of the same model.
 """
@@ -22,10 +22,10 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats  # type: ignore[import-untyped]  # scipy ships no types
+from scipy import stats
 
 from speedup.errors import SpeedupError
-from speedup.probe import Environment, Runner, cpu_use, describe_environment, load
+from speedup.session import Environment, Runner, cpu_use, describe_environment, load
 
 Clock = Callable[[], float]
 """Says what time it is, in seconds from any fixed moment."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from speedup.atoms import Index
 from speedup.errors import PlanError
@@ -99,6 +99,8 @@ class ShrinkPlan:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, fx.Node):  # a size of the dense graph that stays as it is
+        value = Scaled(1, 1)
     if isinstance(value, Scaled):
         return {"new": value.new, "old": value.old}
     return [_plain(item) for item in value] if isinstance(value, list) else value

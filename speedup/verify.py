@@ -200,8 +200,8 @@ class _Lockstep:
         if mask is None:
             return value
         shape = self.analysis.classes.live_shape(labels, self.live, node.name)
+        dims = self.analysis.classes.nesting(labels, mask)
         mask = _at_batch(mask, value)
-        dims = [dim for dim in range(mask.dim()) if mask.shape[dim] > 1]
         rest = [dim for dim in range(mask.dim()) if dim not in dims]
         moved = value.permute(*dims, *rest)
         picked = moved[mask.permute(*dims, *rest).reshape([mask.shape[dim] for dim in dims])]

@@ -14,10 +14,10 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, save_model
 
-from speedup import probe
+from speedup import probe, session
 from speedup.errors import SpeedupError
 from speedup.latency import DEFAULT_LIMITS, Benchmark, Limits, benchmark, measure, summarise, to_csv, warm_up
-from speedup.probe import CpuUse, Environment
+from speedup.session import CpuUse, Environment
 
 QUIET = Environment(
     cpu="fake",
@@ -220,7 +220,7 @@ class Declared:
 
 
 def arrays(*declared: Declared, batch: int = 1, **given: NDArray[Any]) -> Mapping[str, NDArray[Any]]:
-    return probe.make_inputs(declared, "m.onnx", batch=batch, given=given, seed=0)
+    return session.make_inputs(declared, "m.onnx", batch=batch, given=given, seed=0)
 
 
 def test_inputs_follow_the_declaration() -> None:
@@ -295,7 +295,7 @@ def test_the_block_is_found_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_chains_run() -> None:
-    times = probe.chain_seconds([4, 6], threads=1, rounds=1)
+    times = probe.chain_seconds([4, 6], threads=1, rounds=2)
     assert len(times) == 2
     assert all(0 < seconds < 60 for seconds in times)
 

@@ -1,0 +1,135 @@
+"""The folder that a compression leaves: what its files are called, how it comes to be at once, and how to load it."""
+
+import operator
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from graphprune.blueprint import Blueprint
+from graphprune.errors import ConfigError, ModelError
+from graphprune.weights import load_weights
+from speedup.capture import Captured, ExampleInputs, capture
+from speedup.shrink import repaired, shrink_graph
+
+PLAN = "plan.json"
+WEIGHTS = "weights.safetensors"
+REPORT = "report.json"
+PROGRAM, DENSE_PROGRAM = "model.pt2", "dense.pt2"
+ONNX, DENSE_ONNX = "model.onnx", "dense.onnx"
+FILES = (ONNX, DENSE_ONNX, PROGRAM, DENSE_PROGRAM, PLAN, WEIGHTS, REPORT)
+
+
+@contextmanager
+def replacing(folder: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yields an empty folder that takes the place of ``folder`` when everything in it is written, and only then.
+
+    Raises:
+        ConfigError: ``folder`` exists and ``force`` is not given, or holds something else than a compression, or cannot
+            be written.
+    """
+    check_free(folder, force=force)
+    target = folder.absolute()
+    draft, former = (target.with_name(f".{target.name}-{kind}-{secrets.token_hex(4)}") for kind in ("new", "old"))
+    try:
+        draft.mkdir()
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    try:
+        yield draft
+        if target.exists():
+            target.rename(former)
+        try:
+            draft.rename(target)
+        except OSError as error:
+            if former.exists():
+                former.rename(target)
+            raise _unwritable(folder, error) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(former, ignore_errors=True)
+
+
+def check_free(folder: Path, *, force: bool) -> None:
+    """Refuses a folder that a compression may not take the place of.
+
+    Raises:
+        ConfigError: It exists and ``force`` is not given, or holds something else, or its parent does not exist.
+    """
+    if not folder.absolute().parent.is_dir():
+        raise ConfigError(f"{folder}: there is no folder {folder.absolute().parent} to make it in. Make that first.")
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: is a file. Use another --out.")
+    if not force:
+        raise ConfigError(f"{folder}: exists. Use --force to replace it, or another --out.")
+    if any(folder.iterdir()) and not all((folder / name).is_file() for name in (PLAN, REPORT)):
+        raise ConfigError(f"{folder}: holds something else than a compressed model. Use another --out.")
+
+
+def load(folder: Path | str, model: nn.Module, example_inputs: ExampleInputs | None = None) -> nn.Module:
+    """Returns the shrunk model from a folder that ``graphprune compress`` wrote, ready to train; no pickle is read.
+
+    Args:
+        folder: The folder.
+        model: A fresh instance of the class that was compressed, with any weights; it is not changed.
+        example_inputs: Only needed where the result is a graph and an input of the model is no tensor, number, tuple,
+            list or dictionary.
+
+    Raises:
+        ModelError: The folder holds no compressed model, or that of another model.
+    """
+    folder = Path(folder)
+    blueprint = Blueprint.read(folder / PLAN)
+    blueprint.check(model)
+    if blueprint.form == "module":
+        shrunk = _as_module(model, blueprint)
+    else:
+        shrunk = _as_graph(model, blueprint, example_inputs)
+    load_weights(shrunk, folder / WEIGHTS)
+    return shrunk.train(model.training)
+
+
+def _as_module(model: nn.Module, blueprint: Blueprint) -> nn.Module:
+    """A copy of ``model`` with its tensors cut and its attributes repaired."""
+    swaps: dict[int, Tensor] = {}
+    for name in blueprint.plan.tensors:
+        try:
+            dense = operator.attrgetter(name)(model)
+            swaps[id(dense)] = _cut(blueprint, name, dense)
+        except AttributeError as error:
+            raise ModelError(f"{name}: this model does not have it. Use the model that was compressed.") from error
+    return repaired(model, swaps, blueprint.repairs)
+
+
+def _cut(blueprint: Blueprint, name: str, dense: Tensor) -> Tensor:
+    cut = blueprint.plan.cut(name, dense.detach()).clone()
+    return nn.Parameter(cut, dense.requires_grad) if isinstance(dense, nn.Parameter) else cut
+
+
+def _as_graph(model: nn.Module, blueprint: Blueprint, example_inputs: ExampleInputs | None) -> nn.Module:
+    """The graph of ``model``, captured again, with its tensors cut and its literals rewritten."""
+    captured = _captured(model, blueprint, example_inputs)
+    nodes = {node.name for node in captured.nodes}
+    if missing := sorted(blueprint.plan.literals.keys() - nodes):
+        raise ModelError(f"{missing[0]}: the graph of this model has no such node. Use the model that was compressed.")
+    return shrink_graph(captured, blueprint.plan)
+
+
+def _captured(model: nn.Module, blueprint: Blueprint, example_inputs: ExampleInputs | None) -> Captured:
+    if example_inputs is not None:
+        return capture(model, example_inputs)
+    args, kwargs = blueprint.example_inputs()
+    if args and kwargs:
+        raise ModelError("plan.json: some inputs have names and some have none. Give example_inputs to load().")
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    return capture(model, torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(device), kwargs or args))
+
+
+def _unwritable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"{folder}: cannot be written ({error.strerror or error}). Use another --out.")
