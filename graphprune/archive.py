@@ -7,12 +7,10 @@ file names. All of that is looked for here, through the reader that PyTorch itse
 import ast
 import io
 import json
-import logging
 import operator
 import pickle
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from torch.export.pt2_archive import PT2ArchiveReader
 from torch.utils._sympy import functions
 
 from graphprune.errors import ModelError
+from speedup.capture import quiet
 
 _DISTRUST = "Do not use this file; compress the model again."
 _MEMBERS = re.compile(
@@ -67,7 +66,7 @@ def read_program(path: Path) -> ExportedProgram:
         raise ModelError(f"{path}: no such file. Compress the model again.")
     try:
         _check_harmless(path)
-        with _quiet():
+        with quiet():
             program = torch.export.load(path)
     except ModelError:
         raise
@@ -78,17 +77,6 @@ def read_program(path: Path) -> ExportedProgram:
             if node.op == "call_function" and not _is_operator(node.target):
                 raise ModelError(f"{path}: calls {node.target}, which is no operator. {_DISTRUST}")
     return program
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the traceback to itself that PyTorch logs for a damaged archive before it raises."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def _check_harmless(path: Path) -> None:

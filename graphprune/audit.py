@@ -20,7 +20,7 @@ from speedup.agreement import compare, tensors
 from speedup.analysis import Analysis, analyse, attribute
 from speedup.atoms import Mask, support
 from speedup.capture import Captured, captured_from
-from speedup.errors import ProofError
+from speedup.errors import PlanError, ProofError
 from speedup.literals import make_plan
 from speedup.plan import ShrinkPlan
 from speedup.shrink import ShrunkGraph, shrink_graph
@@ -68,7 +68,7 @@ def _findings(folder: Path, progress: Callable[[str], None]) -> Iterator[Finding
 
     progress(files.PLAN)
     live = live_from_keep(analysis, blueprint.plan)
-    _check_plan(make_plan(analysis, live), blueprint.plan)
+    _check_plan(analysis, live, blueprint.plan)
     yield Finding(files.PLAN, f"follows from the {int(live.sum())} of {len(live)} channel labels that it keeps")
 
     progress("proof")
@@ -142,9 +142,12 @@ def _retie(module: nn.Module, tied: Mapping[str, str]) -> None:
         setattr(module.get_submodule(owner), own, tensor)
 
 
-def _check_plan(made: ShrinkPlan, claimed: ShrinkPlan) -> None:
+def _check_plan(analysis: Analysis, live: Mask, claimed: ShrinkPlan) -> None:
     """Refuses a plan that is not the one that follows from what it keeps."""
-    ours, theirs = made.to_json(), claimed.to_json()
+    try:
+        ours, theirs = make_plan(analysis, live).to_json(), claimed.to_json()
+    except PlanError as error:
+        raise ProofError(f"{files.PLAN}: cannot keep what it keeps ({str(error).rstrip('.')}). {_REMEDY}") from error
     for part in ("keep", "rows", "literals"):
         for name in [*ours[part], *theirs[part]]:
             if ours[part].get(name) != theirs[part].get(name):

@@ -32,12 +32,12 @@ from speedup.probe import profile
 class OneLine(TyperGroup):
     """Ends a mistake in one line on stderr and exit status 2, a failed proof in 1; a bug keeps its traceback."""
 
-    def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, *_: Any, **extra: Any) -> Any:
         """Runs a command line and leaves the process."""
         words = list(sys.argv[1:] if args is None else args)
         warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")  # inside torch.export
         try:
-            status = super().main(words, *rest, **{**extra, "standalone_mode": False, "obj": words})
+            status = super().main(words, **{**extra, "prog_name": "graphprune", "standalone_mode": False, "obj": words})
         except (typer.TyperException, SpeedupError) as error:
             _complain(error)
             sys.exit(1 if isinstance(error, ProofError) else 2)

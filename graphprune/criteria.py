@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from speedup.analysis import Analysis, attribute
 from speedup.atoms import Index, Plane, core, support
+from speedup.rules.call import raw_argument
 
 Scores = NDArray[np.float64]
 CriterionName = Literal["l1", "l2", "fpgm", "bn_scale", "random"]
@@ -52,14 +53,15 @@ def bn_scale(analysis: Analysis, seed: int) -> Scores:
     scores = np.zeros(analysis.classes.count)
     seen = np.zeros(analysis.classes.count, dtype=np.bool_)
     for node in analysis.captured.nodes:
-        weight = node.args[2 if node.target in (aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default) else 1] if node.target in _NORMS and len(node.args) > 2 else None
+        weight = raw_argument(node, "weight") if node.target in _NORMS else None
         if not isinstance(weight, torch.fx.Node) or weight.op != "get_attr":
             continue
         name = analysis.aliases[str(weight.target)]
-        gamma = attribute(analysis.captured.graph_module, name).detach().double().abs().cpu().numpy()
+        gamma = attribute(analysis.captured.graph_module, name).detach().double().abs().cpu()
         for plane in analysis.parameters[name].planes:
+            others = [dim for dim in range(gamma.dim()) if dim not in support(plane)]
             where = analysis.classes.plane(plane)
-            np.add.at(scores, where, gamma)
+            np.add.at(scores, where, (gamma.sum(others) if others else gamma).numpy())
             seen[where] = True
     return np.where(seen, scores, np.nan)
 

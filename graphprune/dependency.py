@@ -17,7 +17,7 @@ from speedup.capture import ExampleInputs, capture
 from speedup.rules import rule_for
 
 _GROUPED = ("convolution", "group norm")
-"""Kinds of blocks whose rows go whole only where that is the finer choice; the rows of other slabs (heads) always do."""
+"""Kinds of blocks whose rows go whole only where that is the finer choice; the rows of other slabs (heads) always may."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class ChannelGroup:
         counts: Blocks in which every row must keep the same number: for each block the number of members that a unit
             has in a row, shape (rows, units).
         weaves: Sequences of units whose survivors must take turns as the rows do, shape (turns, rows).
+        parts: Units of which at least one must stay, because they are a tensor of their own.
         members: The axes it runs through.
         pin: Why nothing of it may go; None if something may.
     """
@@ -70,6 +71,7 @@ class ChannelGroup:
     locked: Mask
     counts: tuple[Index, ...]
     weaves: tuple[Index, ...]
+    parts: tuple[Index, ...]
     members: tuple[Member, ...]
     pin: str | None
 
@@ -137,10 +139,9 @@ def find_groups(analysis: Analysis) -> DependencyGraph:
     signature = _signatures(classes, axes)
     pinned = classes.pin_of >= 0
     blocks = [block for block in classes.blocks if len(block.members) > 1 and not pinned[block.members].all()]
-    group_of = _group_of(signature, pinned, blocks)
-    whole = _whole_rows(blocks)
-    unit_of = _unit_of(classes.count, [block for block, rows in zip(blocks, whole, strict=True) if rows])
-    counted = [block for block, rows in zip(blocks, whole, strict=True) if not rows]
+    unit_of, counted = _units(classes.count, blocks)
+    follows = _followers(classes.count, signature, counted)
+    group_of = np.where(follows, -1, _group_of(signature, pinned, blocks))
     members = _members(analysis, axes, group_of)
     parts = _positions(group_of)
     carriers: dict[str, list[_Axis]] = {}
@@ -210,38 +211,51 @@ def _group_of(signature: NDArray[np.uint64], pinned: Mask, blocks: Sequence[Bloc
     return np.where(carried[group], group, -1)
 
 
-def _whole_rows(blocks: Sequence[Block]) -> list[bool]:
-    """For each block whether its rows go whole; blocks that share slabs decide together.
+def _units(count: int, blocks: Sequence[Block]) -> tuple[Index, list[Block]]:
+    """Returns the unit of each class, and the blocks whose rows do not go whole but must keep equal numbers.
 
-    Heads always do. Groups of a convolution or a norm do where there are more of them than channels in each.
+    Rows go whole together with their slabs, which blocks may share (the heads of queries, keys and values). Where two
+    partitions cross (heads, and a scale shared by all heads) the first to come wins: bare slabs, then few rows.
     """
     leaders: dict[int, int] = {}
-    verdict: dict[int, bool] = {}
-    owner = []
+    sharing: dict[int, list[Block]] = {}
     for position, block in enumerate(blocks):
-        if block.slabs is None:
-            owner.append(-1)
-            continue
-        leader = next((leaders[slab] for slab in block.slabs.tolist() if slab in leaders), position)
-        leaders |= dict.fromkeys(block.slabs.tolist(), leader)
-        fine = block.kind not in _GROUPED or block.members.shape[0] >= block.members.shape[1]
-        verdict[leader] = verdict.get(leader, True) and fine
-        owner.append(leader)
-    return [leader >= 0 and verdict[leader] for leader in owner]
+        if block.slabs is not None:
+            slabs = block.slabs.tolist()
+            leader = next((leaders[slab] for slab in slabs if slab in leaders), position)
+            leaders |= dict.fromkeys(slabs, leader)
+            sharing.setdefault(leader, []).append(block)
+    unit = np.arange(count)
+    counted = [block for block in blocks if block.slabs is None]
+    for family in sorted(sharing.values(), key=lambda family: (any(b.kind in _GROUPED for b in family), len(family[0].members))):
+        grouped = any(block.kind in _GROUPED for block in family)
+        coarse = grouped and any(block.members.shape[0] < block.members.shape[1] for block in family)
+        united = None if coarse else _united(unit, family)
+        if united is None:
+            counted += family
+        else:
+            unit = united
+    return unit, counted
 
 
-def _unit_of(count: int, blocks: Sequence[Block]) -> Index:
-    """The unit of each class: the rows of ``blocks`` go whole, together with their slabs."""
-    rows, columns = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
-    for block in blocks:
-        assert block.slabs is not None
-        rows.append(np.repeat(block.slabs, block.members.shape[1]))
-        columns.append(block.members.reshape(-1))
-    links, ends = np.concatenate(rows), np.concatenate(columns)
-    _, unit = connected_components(
-        coo_array((np.ones(len(links)), (links, ends)), shape=(count, count)), directed=False
-    )
-    return unit.astype(np.int64)
+def _united(unit: Index, family: Sequence[Block]) -> Index | None:
+    """The units after the rows of ``family`` go whole; None where they would run into each other."""
+    rows = np.concatenate([np.repeat(block.slabs, block.members.shape[1]) for block in family if block.slabs is not None])
+    columns = np.concatenate([block.members.reshape(-1) for block in family])
+    links = coo_array((np.ones(len(rows)), (unit[rows], unit[columns])), shape=(len(unit), len(unit)))
+    _, merged = connected_components(links, directed=False)
+    result: Index = merged.astype(np.int64)[unit]
+    slabs = np.unique(np.concatenate([block.slabs for block in family if block.slabs is not None]))
+    return result if len(np.unique(result[slabs])) == len(np.unique(unit[slabs])) or len(slabs) == 1 else None
+
+
+def _followers(count: int, signature: NDArray[np.uint64], counted: Sequence[Block]) -> Mask:
+    """The classes that no parameter carries and that only count the rows of a block: they live as long as their rows."""
+    follows = np.zeros(count, dtype=np.bool_)
+    for block in counted:
+        if block.slabs is not None:
+            follows[block.slabs] = signature[block.slabs] == 0
+    return follows
 
 
 def _positions(group_of: Index) -> dict[int, Index]:
@@ -300,6 +314,9 @@ def _group(
     locked[unit[pinned[classes]]] = True
     local = np.full(analysis.classes.count, -1, dtype=np.int64)
     local[classes] = unit
+    for block in counted:  # a row that is counted stays, and so does what is tied to its slab
+        if block.slabs is not None:
+            locked[local[block.slabs][local[block.slabs] >= 0]] = True
     counts = [table for block in counted if (table := _count_table(block, local, len(units))) is not None]
     weaves = [local[weave.turns] for weave in analysis.classes.weaves if (local[weave.turns] >= 0).all()]
     along = [local[axis.classes[local[axis.classes] >= 0]] for axis in axes if len(axis.dims) == 1]
@@ -313,6 +330,7 @@ def _group(
         locked=locked,
         counts=tuple(counts),
         weaves=tuple(weaves),
+        parts=tuple(np.unique(local[part]) for part in analysis.classes.parts if (local[part] >= 0).all()),
         members=tuple(members),
         pin=_pin_reason(analysis.classes, classes) if locked.all() else None,
     )

@@ -1,5 +1,6 @@
 """What is going on, on stderr: one line for each stage with its seconds."""
 
+import sys
 from types import TracebackType
 
 from rich.console import Console
@@ -20,7 +21,9 @@ class StageDisplay:
 
     def __init__(self) -> None:
         columns = (SpinnerColumn(finished_text=" "), TextColumn("{task.description:<20}"), _Seconds())
-        self._progress = Progress(*columns, console=Console(stderr=True), redirect_stdout=False)
+        self._progress = Progress(
+            *columns, console=Console(file=sys.stderr), redirect_stdout=False, redirect_stderr=False
+        )
         self._task: TaskID | None = None
 
     def __call__(self, name: str) -> None:

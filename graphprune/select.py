@@ -136,6 +136,14 @@ def _best(group: ChannelGroup, scores: Scores, asked: int, wanted: int, round_to
     """The ``wanted`` units of highest score that leave every block rectangular, shape (units,)."""
     if group.counts or group.weaves:
         return _best_rectangular(group, scores, asked / group.units, round_to)
+    keep = _highest(group, scores, wanted)
+    if all(keep[units].any() for units in (*group.axes, *group.parts)):
+        return keep
+    return _best_rectangular(group, scores, wanted / group.units, 1)
+
+
+def _highest(group: ChannelGroup, scores: Scores, wanted: int) -> Mask:
+    """The ``wanted`` units of highest score, shape (units,); of equal scores the first."""
     keep = group.locked.copy()
     free = np.flatnonzero(~group.locked)
     ranking = free[np.argsort(-scores[free], kind="stable")]
@@ -171,6 +179,8 @@ def _solved(group: ChannelGroup, scores: Scores, share: float, step: int) -> Mas
         by_cell = np.stack([np.bincount(cell_of, weights=row, minlength=len(sizes)) / sizes for row in table])
         for row in by_cell[1:]:
             counting.between(row - by_cell[0], 0, 0)
+    for part in group.parts:
+        counting.between(np.bincount(cell_of[part], minlength=len(sizes)) / sizes, 1e-6, np.inf)
     for weave in group.weaves:
         for lead in _leads_between_cells(cell_of[weave], sizes):
             counting.between(lead, 0, 1)
@@ -182,6 +192,8 @@ def _solved(group: ChannelGroup, scores: Scores, share: float, step: int) -> Mas
         choosing.between((cell_of == cell).astype(float), count, count)
     for weave in group.weaves:
         choosing.take_turns(weave)
+    for part in group.parts:
+        choosing.between(np.bincount(part, minlength=group.units).astype(float), 1, np.inf)
     chosen = choosing.solve(scores / (scores.max() or 1.0), group.locked.astype(float))
     return None if chosen is None else chosen > 0.5
 

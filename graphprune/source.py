@@ -161,13 +161,13 @@ def _build(module: ModuleType, name: str, text: str) -> nn.Module:
     if isinstance(maker, nn.Module):
         return maker
     if not callable(maker):
-        raise ModelError(f"{text}: is a {type(maker).__name__}. Name a class, a function or a module.")
+        raise ModelError(f"{text}: is of type {type(maker).__name__}. Name a class, a function or a module.")
     if needed := _required(maker):
         raise ModelError(f"{text}: needs {', '.join(needed)}. Write a build_model() that gives what it needs.")
     with _blaming(text, "raises while the model is built"):
         model = maker()
     if not isinstance(model, nn.Module):
-        raise ModelError(f"{text}: gives a {type(model).__name__}. Return a torch.nn.Module.")
+        raise ModelError(f"{text}: gives {type(model).__name__}. Return a torch.nn.Module.")
     return model
 
 
@@ -207,7 +207,7 @@ def _offered(module: ModuleType, text: str) -> ExampleInputs:
         example = offer()
     if not isinstance(example, Tensor | tuple | list | Mapping):
         kind = type(example).__name__
-        raise ModelError(f"{text}: example_inputs() gives a {kind}. Return a tensor, a tuple or a mapping of tensors.")
+        raise ModelError(f"{text}: example_inputs() gives {kind}. Return a tensor, a tuple or a mapping of tensors.")
     return example
 
 
@@ -244,7 +244,7 @@ def _guarded(evaluate: Callable[[nn.Module], Any], folder: Path, text: str) -> E
         if isinstance(value, Tensor) and value.numel() == 1:
             value = value.item()
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ModelError(f"{text}: evaluate() gives a {type(value).__name__}. Return one number.")
+            raise ModelError(f"{text}: evaluate() gives {type(value).__name__}. Return one number.")
         return float(value)
 
     return guarded

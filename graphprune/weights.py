@@ -1,6 +1,7 @@
 """Weights between models and files, without pickle: a state dict in, a state dict out."""
 
 import pickle
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except SafetensorError:
         pass  # then it is a file of torch.save, or nothing of use
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # notes on the age of a pickle
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, LookupError) as error:
         raise ModelError(
             f"{path}: holds no weights that can be read without running code from it. Save model.state_dict()."

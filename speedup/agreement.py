@@ -115,7 +115,7 @@ def relative_difference(right: Tensor, other: Tensor) -> float:
     if not unequal.any():
         return 0.0
     largest = right.where(right.isfinite(), 0.0).abs().max().item() or 1.0
-    return ((right - other)[unequal].abs().max() / largest).nan_to_num(nan=torch.inf).item()
+    return ((right - other)[unequal].abs().max() / largest).nan_to_num(nan=torch.inf, posinf=torch.inf).item()
 
 
 def tensors(tree: Any) -> list[Tensor]:

@@ -74,6 +74,8 @@ def analyse(captured: Captured) -> Analysis:
     unknown = []
     for node in captured.nodes:
         flow.node, flow.kind = node.name, ""
+        if node.op == "get_attr" and not node.users:
+            continue  # not used in this mode: an auxiliary head, another name of a tied weight
         if node.op == "get_attr":
             name = names.get(str(node.target), str(node.target))
             if name not in parameters:
@@ -129,7 +131,8 @@ def bind(node: fx.Node, labels: Mapping[str, Any], captured: Captured) -> Call:
             constants[name] = attribute(captured.graph_module, str(value.target))
         elif isinstance(value, list | tuple):
             known = {i: item for i, item in enumerate(value) if isinstance(item, fx.Node) and item.op == "get_attr"}
-            constants[name] = {i: attribute(captured.graph_module, str(item.target)) for i, item in known.items()}
+            if known:
+                constants[name] = {i: attribute(captured.graph_module, str(item.target)) for i, item in known.items()}
     value = node.meta["val"]
     outputs = value if isinstance(value, list | tuple) else [value]
     values = {name: fx.node.map_arg(item, lambda n: labels[n.name]) for name, item in raw.items()}
@@ -192,7 +195,8 @@ def _joint_parameters(nodes: list[fx.Node], names: Mapping[str, str]) -> set[str
 def _groups(node: fx.Node) -> int:
     arguments = node.target._schema.arguments  # type: ignore[union-attr]  # a convolution is an OpOverload
     position = [argument.name for argument in arguments].index("groups")
-    return int(node.args[position] if len(node.args) > position else node.kwargs.get("groups", 1))  # type: ignore[arg-type]  # an int
+    groups = node.args[position] if len(node.args) > position else node.kwargs.get("groups", 1)
+    return groups if isinstance(groups, int) else 1
 
 
 def _tensors(value: Any) -> list[Labels]:

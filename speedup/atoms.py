@@ -124,6 +124,16 @@ class Weave:
 
 
 @dataclass
+class _Met:
+    """One plane of a meeting: which operands brought it, and whether a larger one says it already."""
+
+    dims: tuple[int, ...]
+    plane: Plane
+    operands: set[int]
+    implied: bool = False
+
+
+@dataclass
 class Flow:
     """The record that the rules write while labels run through a graph."""
 
@@ -134,6 +144,7 @@ class Flow:
     pins: list[tuple[Pin, Index]] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
     merges: list[Index] = field(default_factory=list)
+    parts: list[Index] = field(default_factory=list)
 
     def mint(self, shape: Sequence[int], dims: Sequence[int]) -> Plane:
         """Returns a plane of new atoms that varies along ``dims``."""
@@ -181,12 +192,18 @@ class Flow:
 
     def block(self, plane: Plane, rows: Sequence[int], slabs: Plane | None = None) -> None:
         """Asks that ``plane`` stay rectangular: its support without ``rows`` is shared out evenly between ``rows``."""
-        dims = support(plane)
-        order = [dims.index(row) for row in rows] + [i for i, dim in enumerate(dims) if dim not in rows]
-        labels = core(plane).permute(order)
-        members = _flat(labels).reshape(int(np.prod([plane.shape[row] for row in rows])), -1)
         slab_labels = None if slabs is None else _flat(core(slabs, rows))
-        self.blocks.append(Block(self.node, self.kind, members, slab_labels))
+        self.blocks.append(Block(self.node, self.kind, _rows_first(plane, rows), slab_labels))
+
+    def part(self, plane: Plane, dim: int) -> None:
+        """Notes that ``plane`` is a part cut along ``dim``: something of it must stay, and what stays is a rectangle."""
+        dims = support(plane)
+        if not dims:
+            self.pin(plane, "is taken alone")
+            return
+        self.parts.append(_flat(core(plane)))
+        if len(dims) > 1:
+            self.block(plane, dims[:-1])
 
     def meet(self, operands: Sequence[Labels], shape: Sequence[int], reason: str = "") -> Labels:
         """Returns the labels of an elementwise function of ``operands``, broadcast to ``shape``.
@@ -197,42 +214,59 @@ class Flow:
         shape = tuple(shape)
         operands = [broadcast(operand, shape) for operand in operands]
         reason = reason or "meets a tensor whose size is fixed"
-        met: dict[tuple[int, ...], Plane] = {}
+        met: list[_Met] = []
         for position, operand in enumerate(operands):
             frozen = set().union(*(other.fixed for i, other in enumerate(operands) if i != position))
+            fresh = []
             for plane in self.freeze(operand, frozen, reason).planes:
-                dims = support(plane)
                 wide = plane.expand(shape)
-                if dims in met:
-                    self.unite(met[dims], wide)
-                elif dims:
-                    met[dims] = wide
-        implied = set()
-        for (dims, plane), (others, other) in itertools.combinations(met.items(), 2):
-            shared = tuple(sorted({*dims} & {*others}))
-            if shared == dims:
-                self.block(other, shared, slabs=plane)
-                implied.add(dims)
-            elif shared == others:
-                self.block(plane, shared, slabs=other)
-                implied.add(others)
-            elif shared:
-                slabs = self.mint(shape, shared)
-                self.block(plane, shared, slabs=slabs)
-                self.block(other, shared, slabs=slabs)
-        return Labels(shape, tuple(plane for dims, plane in met.items() if dims not in implied))
+                same = [entry for entry in met if entry.dims == support(wide)]
+                partner = next((entry for entry in same if position not in entry.operands), None)
+                if partner is not None:
+                    self.unite(partner.plane, wide)
+                    partner.operands.add(position)
+                elif same:
+                    self.pin(wide, "a second set of labels meets a tensor that has one")
+                elif support(wide):
+                    fresh.append(_Met(support(wide), wide, {position}))
+            met += fresh
+        for first, second in itertools.combinations(met, 2):
+            self._overlap(first, second, shape)
+        return Labels(shape, tuple(entry.plane for entry in met if not entry.implied))
+
+    def _overlap(self, first: "_Met", second: "_Met", shape: tuple[int, ...]) -> None:
+        """Ties two planes of different operands that share dimensions: there they count slabs of each other."""
+        shared = tuple(sorted({*first.dims} & {*second.dims}))
+        if not shared or first.operands & second.operands:
+            return
+        small, large = (first, second) if shared == first.dims else (second, first)
+        if shared == small.dims:
+            self.block(large.plane, shared, slabs=small.plane)
+            small.implied = True
+        else:
+            slabs = self.slabs(first.plane, shared)
+            self.block(first.plane, shared, slabs=slabs)
+            self.block(second.plane, shared, slabs=slabs)
+
+    def slabs(self, plane: Plane, rows: Sequence[int]) -> Plane:
+        """Returns a plane of new atoms along ``rows`` of ``plane``, the same atom for rows with the same members."""
+        table = _rows_first(plane, rows)
+        _, first, inverse = np.unique(table, axis=0, return_index=True, return_inverse=True)
+        atoms = torch.from_numpy(self.size + inverse.reshape(-1).astype(np.int64))
+        self.size += len(first)
+        sizes = [plane.shape[dim] if dim in rows else 1 for dim in range(plane.dim())]
+        return settle(atoms.reshape(sizes).expand(plane.shape))
 
     def reduce(self, labels: Labels, dims: Iterable[int], keepdim: bool = False) -> Labels:
         """Returns the labels after summing over ``dims``: slabs remain where a plane reaches beyond them."""
         gone = set(dims)
-        supports = [set(support(plane)) - gone for plane in labels.planes]
-        planes = []
-        for plane, rest in zip(labels.planes, supports, strict=True):
-            if rest == set(support(plane)):
-                planes.append(plane)
-            elif rest and not any(rest <= other for i, other in enumerate(supports) if labels.planes[i] is not plane):
-                slabs = self.mint(labels.shape, sorted(rest))
-                self.block(plane, sorted(rest), slabs=slabs)
+        planes: list[Plane] = [plane for plane in labels.planes if not gone.intersection(support(plane))]
+        for plane in labels.planes:
+            rest = [dim for dim in support(plane) if dim not in gone]
+            known = any(set(rest) <= set(support(other)) for other in planes)
+            if rest and len(rest) < len(support(plane)) and not known:
+                slabs = self.slabs(plane, rest)
+                self.block(plane, rest, slabs=slabs)
                 planes.append(slabs)
         rank = len(labels.shape)
         if keepdim:
@@ -303,6 +337,7 @@ class Classes:
         pins: The reasons.
         blocks: The rectangular blocks, their labels now classes, equal rows once.
         weaves: The sequences in which the rows of a block take turns.
+        parts: Classes of which at least one must live, because they are a tensor of their own.
     """
 
     of: Index
@@ -311,6 +346,7 @@ class Classes:
     pins: tuple[Pin, ...]
     blocks: tuple[Block, ...]
     weaves: tuple[Weave, ...]
+    parts: tuple[Index, ...]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_of", torch.from_numpy(self.of))
@@ -447,7 +483,8 @@ def solve(flow: Flow) -> Classes:
         key = (block.kind, rows[first].tobytes(), rows.shape, None if slabs is None else slabs.tobytes())
         blocks.setdefault(key, replace(block, members=rows[first], slabs=slabs))
     pins = tuple(pin for pin, _ in flow.pins)
-    return Classes(of, count, pin_of, pins, tuple(blocks.values()), tuple(weaves.values()))
+    parts = {part.tobytes(): part for part in (np.unique(of[part]) for part in flow.parts)}
+    return Classes(of, count, pin_of, pins, tuple(blocks.values()), tuple(weaves.values()), tuple(parts.values()))
 
 
 def _components(size: int, pairs: Sequence[tuple[Index, Index]]) -> tuple[Index, int]:
@@ -496,6 +533,13 @@ def _weave(block: Block, sequence: Index, order: Index) -> Weave | None:
     if not regular or len(set(order[:rows].tolist())) < rows or len(np.unique(sequence)) < len(sequence):
         return None
     return Weave(block.node, sequence.reshape(-1, rows))
+
+
+def _rows_first(plane: Plane, rows: Sequence[int]) -> Index:
+    """The labels of ``plane`` over its support as a table: its dimensions ``rows`` down, the others across."""
+    dims = support(plane)
+    order = [dims.index(row) for row in rows] + [i for i, dim in enumerate(dims) if dim not in rows]
+    return _flat(core(plane).permute(order)).reshape(int(np.prod([plane.shape[row] for row in rows])), -1)
 
 
 def _flat(labels: Tensor) -> Index:

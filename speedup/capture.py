@@ -6,10 +6,11 @@ qualified name of every parameter and the line of Python that made each node.
 
 import copy
 import inspect
-import itertools
+import io
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +99,19 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps from the user what torch prints, logs and warns of on its own internals; what matters is raised."""
+    before = logging.root.manager.disable
+    logging.disable()
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
 def capture(model: nn.Module, example_inputs: ExampleInputs) -> Captured:
     """Returns ``model`` as a graph whose batch dimension is dynamic.
 
@@ -144,8 +158,7 @@ def captured_from(program: ExportedProgram, model: nn.Module | None = None) -> C
         program: Exported without decomposition, so that composite operators are whole.
         model: The module it was exported from; if there is none any more, its graph stands for it.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # as in _export
+    with quiet():
         graph_module = program.module(check_guards=False)
     assert isinstance(graph_module, fx.GraphModule)
     for node in graph_module.graph.nodes:
@@ -176,20 +189,10 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
             return {0: Dim.AUTO}
         return None
 
-    shapes = [pytree.tree_map(spec, value) for value in itertools.chain(args, kwargs.values())]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # notes of torch.export on its own internals
-        return torch.export.export(
-            model, args, kwargs, dynamic_shapes=_by_parameter(model, args, kwargs, shapes), strict=False
-        )
-
-
-def _by_parameter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: list[Any]) -> Any:
-    """Returns the dynamic shapes in the form ``torch.export`` wants: by name as soon as there is a keyword."""
-    if not kwargs:
-        return tuple(shapes)
-    names = list(inspect.signature(model.forward).parameters)[: len(args)] + list(kwargs)
-    return dict(zip(names, shapes, strict=True))
+    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    shapes = {name: pytree.tree_map(spec, value) for name, value in bound.items()}
+    with quiet():
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
 def _first_line(error: Exception) -> str:

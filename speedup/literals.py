@@ -50,16 +50,7 @@ class Remains:
 
     def raw(self, name: str) -> Any:
         """Argument ``name`` as the graph has it."""
-        return raw_argument(self.call.node, name)
-
-
-def raw_argument(node: fx.Node, name: str) -> Any:
-    """Argument ``name`` of a call as it stands in the graph, nodes and all; None where it is left out."""
-    if name in node.kwargs:
-        return node.kwargs[name]
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]  # an OpOverload
-    position = names.index(name)
-    return node.args[position] if position < len(node.args) else None
+        return self.call.raw(name)
 
 
 def _resized(entries: Sequence[Any], old: Sequence[int], new: Sequence[int]) -> list[Any]:
@@ -106,11 +97,18 @@ def _split(remains: Remains) -> dict[str, Any]:
     """Equal parts stay with the operator; others become explicit sizes."""
     dim = remains.call.dim(len(remains.call.shape))
     parts = [shape[dim] for shape in remains.outputs]
-    if remains.call.node.target is aten.split_with_sizes.default:
-        return {"split_sizes": parts}
-    if len(set(parts)) > 1 or parts[0] == 0:
-        return {"split_sizes": parts} if sum(parts) < remains.call.tensors()[0].shape[dim] else {}
-    return {"split_size": parts[0]} if remains.call.node.target is aten.split.Tensor else {}
+    target = remains.call.node.target
+    if target is aten.chunk.default and parts == _chunks(sum(parts), int(remains.call["chunks"])):
+        return {}
+    if target is aten.split.Tensor and parts[:-1] == parts[:1] * (len(parts) - 1) and 0 < parts[-1] <= parts[0]:
+        return {"split_size": parts[0]}
+    return {"split_size" if target is aten.split.sizes else "split_sizes": parts}
+
+
+def _chunks(size: int, count: int) -> list[int]:
+    """The sizes into which ``chunk`` cuts a dimension."""
+    step = max(-(-size // count), 1)
+    return [min(step, size - start) for start in range(0, size, step)]
 
 
 def _slice(remains: Remains) -> dict[str, Any]:
@@ -221,7 +219,7 @@ LITERALS: Mapping[Any, Callable[[Remains], dict[str, Any]]] = {
     **dict.fromkeys((aten.layer_norm.default, aten.rms_norm.default), _normalized_shape),
     **dict.fromkeys(_CONVOLUTIONS, _groups("groups")),
     aten.group_norm.default: _groups("num_groups"),
-    **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default), _split),
+    **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default), _split),
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     aten.index_select.default: _index_select,

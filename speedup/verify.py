@@ -16,9 +16,10 @@ from torch.utils import _pytree as pytree
 
 from speedup.analysis import Analysis, attribute, tensor_names
 from speedup.atoms import Labels, Mask
-from speedup.capture import evaluating, with_batch
+from speedup.capture import batch_size, evaluating
 from speedup.errors import ProofError
-from speedup.literals import raw_argument
+from speedup.rules.call import raw_argument
+from speedup.numeric import perturbed, relative_difference
 from speedup.plan import ShrinkPlan
 from speedup.rules import rule_for
 from speedup.shrink import ShrunkGraph
@@ -47,7 +48,7 @@ class Proof:
 
 
 def prove(
-    analysis: Analysis, live: Mask, plan: ShrinkPlan, shrunk: ShrunkGraph, *, batch: int = 2, seed: int = 0
+    analysis: Analysis, live: Mask, plan: ShrinkPlan, shrunk: ShrunkGraph, *, seed: int = 0
 ) -> Proof:
     """Proves that ``shrunk`` equals the captured model with everything but ``live`` masked.
 
@@ -56,27 +57,26 @@ def prove(
         live: Which classes live, shape (classes,).
         plan: The plan that ``shrunk`` was made with.
         shrunk: The rewritten graph.
-        batch: Batch size to run at.
-        seed: Of the perturbation of the parameters.
+        seed: Of the perturbation of parameters and inputs.
 
     Raises:
         ProofError: They differ; the message names the first node at which they do.
     """
-    run = _Lockstep(analysis, live, plan, shrunk, batch, seed)
+    run = _Lockstep(analysis, live, plan, shrunk, seed)
     with torch.no_grad(), evaluating(shrunk):
         return run.proof()
 
 
 class _Lockstep:
     def __init__(
-        self, analysis: Analysis, live: Mask, plan: ShrinkPlan, shrunk: ShrunkGraph, batch: int, seed: int
+        self, analysis: Analysis, live: Mask, plan: ShrinkPlan, shrunk: ShrunkGraph, seed: int
     ) -> None:
-        self.analysis, self.live, self.plan, self.shrunk, self.batch = analysis, live, plan, shrunk, batch
+        self.analysis, self.live, self.plan, self.shrunk = analysis, live, plan, shrunk
         self.names = tensor_names(analysis.captured.graph_module)
-        self.perturbed = _perturbed(analysis, seed)
-        captured = analysis.captured
-        inputs = with_batch((captured.args, captured.kwargs), batch)
-        self.inputs = [_exact(leaf) for leaf in pytree.tree_leaves(inputs)]
+        generator = torch.Generator().manual_seed(seed)
+        graph_module = analysis.captured.graph_module
+        self.perturbed = {name: perturbed(attribute(graph_module, name), generator) for name in analysis.parameters}
+        self.inputs = [perturbed(leaf, generator) for leaf in analysis.captured.flat_inputs()]
 
     def proof(self) -> Proof:
         dense_nodes = {node.name: node for node in self.analysis.captured.nodes}
@@ -108,7 +108,8 @@ class _Lockstep:
                 dense.pop(name, None)
             for name in small_ends.get(node.name, ()):
                 small.pop(name, None)
-        return Proof(compared, worst, where, TOLERANCE, self.batch)
+        batch = batch_size(self.analysis.captured.flat_inputs())
+        return Proof(compared, worst, where, TOLERANCE, batch)
 
     def _dense_tensor(self, node: fx.Node) -> Any:
         value = attribute_or_none(self.analysis.captured.graph_module, str(node.target))
@@ -147,7 +148,7 @@ class _Lockstep:
         if special is not None and isinstance(before, Labels):
             inside = self.analysis.classes.live_mask(before, self.live)
         if inside is not None and special is not None and source is not None:
-            result = special(node, values, _at_batch(inside, values[source]).expand(values[source].shape))
+            result = special(node, values, inside.expand(values[source].shape))
         else:
             result = execute(node, values)
         if rule is not None and rule.moves:
@@ -163,7 +164,6 @@ class _Lockstep:
         mask = self.analysis.classes.live_mask(labels, self.live)
         if mask is None:
             return result
-        mask = _at_batch(mask, result)
         if in_place:
             return result.masked_fill_(~mask.expand(result.shape), 0)
         return result.masked_fill(~mask, 0)
@@ -201,29 +201,10 @@ class _Lockstep:
             return value
         shape = self.analysis.classes.live_shape(labels, self.live, node.name)
         dims = self.analysis.classes.nesting(labels, mask)
-        mask = _at_batch(mask, value)
-        rest = [dim for dim in range(mask.dim()) if dim not in dims]
-        moved = value.permute(*dims, *rest)
-        picked = moved[mask.permute(*dims, *rest).reshape([mask.shape[dim] for dim in dims])]
-        scale = [value.shape[dim] / labels.shape[dim] for dim in dims]
-        sizes = [round(shape[dim] * factor) for dim, factor in zip(dims, scale, strict=True)]
-        picked = picked.reshape(*sizes, *(value.shape[dim] for dim in rest))
-        order = sorted(range(value.dim()), key=lambda i: [*dims, *rest][i])
-        return picked.permute(order)
-
-
-def relative_difference(expected: Tensor, found: Tensor) -> float:
-    """Returns max |expected - found| / max |expected|; not-a-numbers and infinities must stand in the same places."""
-    if not expected.numel():
-        return 0.0
-    finite = torch.isfinite(expected)
-    if not torch.equal(finite, torch.isfinite(found)):
-        return float("inf")
-    if not bool(finite.all()):
-        expected, found = expected[finite], found[finite]
-    scale = float(expected.abs().max()) if expected.numel() else 0.0
-    gap = float((expected - found).abs().max()) if expected.numel() else 0.0
-    return gap / scale if scale else gap
+        order = [*dims, *(dim for dim in range(mask.dim()) if dim not in dims)]
+        alive = mask.permute(order).reshape([mask.shape[dim] for dim in dims])
+        picked = value.permute(order)[alive].reshape([shape[dim] for dim in order])
+        return picked.permute([order.index(dim) for dim in range(value.dim())])
 
 
 def execute(node: fx.Node, values: Mapping[str, Any]) -> Any:
@@ -248,35 +229,6 @@ def _exact_type(value: Any) -> Any:
 
 def _fresh(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
-
-
-def _perturbed(analysis: Analysis, seed: int) -> dict[str, Tensor]:
-    """Every parameter and buffer in double precision, moved by about a tenth; vectors only upwards (variances)."""
-    generator = torch.Generator().manual_seed(seed)
-    moved = {}
-    for name in analysis.parameters:
-        tensor = _exact(attribute(analysis.captured.graph_module, name)).cpu()
-        if tensor.is_floating_point() and tensor.numel():
-            size = tensor.abs().mean()
-            if tensor.dim() < 2:
-                noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
-                tensor = tensor + 0.1 * (size + 0.1) * noise
-            else:
-                noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
-                tensor = tensor + 0.2 * size * (noise - 0.5)
-        moved[name] = tensor
-    return moved
-
-
-def _at_batch(mask: Tensor, value: Tensor) -> Tensor:
-    """A mask that broadcasts to ``value``, which may have another batch than the labels were made with."""
-    for dim in range(mask.dim()):
-        if mask.shape[dim] > 1 and mask.shape[dim] != value.shape[dim]:
-            # heads merged with the batch: the pattern repeats once for each example
-            period = mask.shape[dim] // 2
-            rounds = value.shape[dim] // period
-            mask = mask.narrow(dim, 0, period).repeat([rounds if d == dim else 1 for d in range(mask.dim())])
-    return mask
 
 
 def _is_in_place(node: fx.Node) -> bool:

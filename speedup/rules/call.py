@@ -60,6 +60,10 @@ class Call:
         """Shape of the first output."""
         return self.outputs[0]
 
+    def raw(self, name: str) -> Any:
+        """Argument ``name`` as it stands in the graph, nodes and all; the default where it is left out, None if unknown."""
+        return raw_argument(self.node, name)
+
     def tensors(self) -> list[Labels]:
         """Every tensor argument, in the order of the schema."""
         found = []
@@ -78,6 +82,17 @@ class Call:
     def dim(self, rank: int, name: str = "dim") -> int:
         """The one dimension in argument ``name`` as a non-negative number."""
         return int(self.values[name]) % rank if rank else 0
+
+
+def raw_argument(node: fx.Node, name: str) -> Any:
+    """Argument ``name`` of a call as it stands in the graph; its default where left out, None if there is no such one."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]  # an OpOverload
+    for position, argument in enumerate(schema):
+        if argument.name == name:
+            if name in node.kwargs:
+                return node.kwargs[name]
+            return node.args[position] if position < len(node.args) else argument.default_value
+    return None
 
 
 def hint(value: Any) -> Any:

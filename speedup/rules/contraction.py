@@ -93,6 +93,10 @@ def transposed_convolution(flow: Flow, call: Call) -> Labels:
 def _convolved(flow: Flow, call: Call, transposed: bool) -> Labels:
     x, weight, groups = call["input"], call["weight"], int(call["groups"])
     rank = len(weight.shape)
+    if not isinstance(call.raw("groups"), int):
+        for tensor in call.tensors():
+            flow.pin_all(tensor, "goes through a convolution whose groups depend on the batch")
+        return Labels(call.shape)
     x = _channels(flow, broadcast(x, (1,) * (rank - len(x.shape)) + x.shape), "varies over the space of a convolution")
     weight = _channels(flow, weight, "is a kernel dimension", structural=True)
     batch, channels = x.shape

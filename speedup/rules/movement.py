@@ -50,11 +50,18 @@ def _executed(call: Call, plane: Plane, touched: set[int]) -> Plane:
 def index_select(flow: Flow, call: Call) -> Labels:
     """y[..., i, ...] = x[..., index[i], ...]: literal where the index is a constant, else ``dim`` is frozen."""
     x = call["self"]
-    if "index" in call.constants:
-        return along(flow, call)
     dim = call.dim(len(x.shape))
+    if "index" in call.constants:
+        _note_parts(flow, x, dim, call.constants["index"])
+        return along(flow, call)
     frozen = flow.freeze(x, [dim], "is indexed by a tensor that depends on the input")
     return Labels(call.shape, tuple(narrowed(plane).expand(call.shape) for plane in frozen.planes))
+
+
+def _note_parts(flow: Flow, x: Labels, dim: int, index: Tensor) -> None:
+    """Notes that the indices taken along ``dim`` are a tensor of their own."""
+    for plane in x.along(dim):
+        flow.part(settle(narrowed(plane, [dim]).index_select(dim, index)), dim)
 
 
 def split(flow: Flow, call: Call) -> list[Labels]:
@@ -65,15 +72,22 @@ def split(flow: Flow, call: Call) -> list[Labels]:
     for shape in call.outputs:
         starts.append(starts[-1] + shape[dim])
     equal = len({shape[dim] for shape in call.outputs}) == 1 and len(call.outputs) > 1
-    if equal and call.node.target is not aten.split_with_sizes.default:
-        for plane in x.along(dim):
+    for plane in x.along(dim):
+        if equal and call.node.target is not aten.split_with_sizes.default and starts[1] > 1:
             parts = plane.unflatten(dim, (len(call.outputs), -1))
-            if dim in support(parts):
-                flow.block(parts, [dim])
-    return [
-        Labels(shape, tuple(plane.narrow(dim, start, shape[dim]) for plane in x.planes))
-        for start, shape in zip(starts, call.outputs, strict=False)
-    ]
+            flow.block(parts, [d for d in support(parts) if d <= dim or d != support(parts)[-1]])
+    return [_cut(flow, x, dim, start, shape) for start, shape in zip(starts, call.outputs, strict=False)]
+
+
+def _cut(flow: Flow, x: Labels, dim: int, start: int, shape: tuple[int, ...]) -> Labels:
+    """The part of a tensor that begins at ``start`` along ``dim``."""
+    planes = []
+    for plane in x.planes:
+        part = plane.narrow(dim, start, shape[dim])
+        if dim in support(plane) and shape[dim] < plane.shape[dim]:
+            flow.part(part, dim)
+        planes.append(part)
+    return Labels(shape, tuple(planes))
 
 
 def cat(flow: Flow, call: Call) -> Labels:
@@ -234,8 +248,9 @@ def index(flow: Flow, call: Call) -> Labels:
     values = call.constants.get("indices", {})
     if len(places) == 1 and places[0] in values and values[places[0]].dim() == 1 and values[places[0]].dtype == torch.int64:
         dim = places[0]
+        _note_parts(flow, x, dim, values[dim] % x.shape[dim])
         planes = [
-            settle(narrowed(plane, [dim]).index_select(dim, values[dim]).expand(call.shape))
+            settle(narrowed(plane, [dim]).index_select(dim, values[dim] % x.shape[dim]).expand(call.shape))
             if dim in support(plane)
             else narrowed(plane).expand(call.shape)
             for plane in x.planes
@@ -287,7 +302,19 @@ def scalar_index(flow: Flow, call: Call) -> Labels:
     """y = x[..., index, ...]: one index of a dimension is taken and the dimension is gone."""
     x = call["self"]
     dim = call.dim(len(x.shape))
-    return Labels(call.shape, tuple(plane.select(dim, int(call["index"]) % x.shape[dim]) for plane in x.planes))
+    place = int(call["index"]) % x.shape[dim]
+    single = tuple(1 if d == dim else size for d, size in enumerate(x.shape))
+    part = _cut(flow, x, dim, place, single)
+    return Labels(call.shape, tuple(plane.select(dim, 0) for plane in part.planes))
+
+
+def unbind(flow: Flow, call: Call) -> list[Labels]:
+    """y_k = x[..., k, ...] for every index of a dimension, which is gone."""
+    x = call["self"]
+    dim = call.dim(len(x.shape))
+    single = tuple(1 if d == dim else size for d, size in enumerate(x.shape))
+    parts = [_cut(flow, x, dim, place, single) for place in range(x.shape[dim])]
+    return [Labels(shape, tuple(p.select(dim, 0) for p in part.planes)) for shape, part in zip(call.outputs, parts, strict=True)]
 
 
 def sliced(flow: Flow, call: Call) -> Labels:
@@ -296,9 +323,10 @@ def sliced(flow: Flow, call: Call) -> Labels:
     dim = call.dim(len(x.shape))
     if call["step"] != 1:
         x = flow.freeze(x, [dim], "is taken in steps")
-    part = slice(call.get("start", 0), call.get("end"), call["step"])
-    where = (slice(None),) * dim + (part,)
-    return Labels(call.shape, tuple(plane[where] for plane in x.planes))
+    start, _, step = slice(call.get("start", 0), call.get("end"), call["step"]).indices(x.shape[dim])
+    if step == 1:
+        return _cut(flow, x, dim, start, call.shape)
+    return Labels(call.shape, tuple(narrowed(plane).expand(call.shape) for plane in x.planes))
 
 
 def squeeze(flow: Flow, call: Call) -> Labels:
@@ -324,11 +352,11 @@ _RESHAPES = (
 )  # fmt: skip
 _LITERAL = (
     aten.permute.default, aten.transpose.int, aten.t.default, aten.numpy_T.default, aten.mT.default,
-    aten.movedim.int, aten.movedim.intlist, aten.swapaxes.default, aten.unsqueeze.default, aten.unbind.int,
+    aten.movedim.int, aten.movedim.intlist, aten.swapaxes.default, aten.unsqueeze.default,
     aten.transpose_.default, aten.unsqueeze_.default, aten.adjoint.default,
 )  # fmt: skip
 _ALONG = (aten.roll.default, aten.flip.default)
-_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes, aten.tensor_split.sections)
+_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes)
 _EXPANDS = (aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
 _CONSTANTS = (
     aten.zeros.default, aten.ones.default, aten.full.default, aten.empty.memory_format, aten.new_zeros.default,
@@ -340,7 +368,7 @@ RULES = {
     **dict.fromkeys(_LITERAL, Rule("permute", literal, moves=True)),
     **dict.fromkeys(_ALONG, Rule("permute", along, moves=True)),
     **dict.fromkeys(_SPLITS, Rule("split", split, moves=True)),
-    **dict.fromkeys(_EXPANDS, Rule("expand", expand, moves=True)),
+    **dict.fromkeys(_EXPANDS, Rule("expand", expand)),
     **dict.fromkeys(_CONSTANTS, Rule("constant", constant)),
     **dict.fromkeys((aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims), Rule("reshape", squeeze, moves=True)),
     **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), Rule("pad", pad)),
@@ -348,12 +376,13 @@ RULES = {
     aten.cat.default: Rule("concat", cat, moves=True),
     aten.concat.default: Rule("concat", cat, moves=True),
     aten.stack.default: Rule("concat", stack, moves=True),
-    aten.repeat.default: Rule("expand", repeat, moves=True),
+    aten.repeat.default: Rule("expand", repeat),
     aten.repeat_interleave.self_int: Rule("expand", repeat_interleave, moves=True),
     aten.embedding.default: Rule("index", embedding),
     aten.index.Tensor: Rule("index", index, moves=True),
     aten.pixel_shuffle.default: Rule("reshape", pixel_shuffle, moves=True),
     aten.pixel_unshuffle.default: Rule("reshape", pixel_unshuffle, moves=True),
+    aten.unbind.int: Rule("split", unbind, moves=True),
     aten.select.int: Rule("slice", scalar_index, moves=True),
     aten.slice.Tensor: Rule("slice", sliced, moves=True),
 }

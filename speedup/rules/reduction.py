@@ -20,6 +20,9 @@ def _only(flow: Flow, call: Call) -> Labels:
 
 def reduced(flow: Flow, call: Call) -> Outcome:
     """y = sum (or mean, or norm) of x over ``dim``: channels may go, the masked reference counts those that are left."""
+    order = next((call[name] for name in ("ord", "p") if name in call.values), None)
+    if isinstance(order, int | float) and order < 0:
+        return chosen(flow, call)  # the smallest magnitude, or close to it: a removed zero would win
     x = _only(flow, call)
     outcome = flow.reduce(x, call.dims(len(x.shape)), bool(call.get("keepdim", False)))
     return outcome if len(call.outputs) == 1 else [outcome for _ in call.outputs]

@@ -1,0 +1,33 @@
+"""Numbers to compare models with: inputs and weights in general position, and how far two results are apart."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def perturbed(value: Any, generator: torch.Generator) -> Any:
+    """A tensor in double precision, every number moved by about a tenth; vectors upwards only (they may be variances).
+
+    What holds for numbers in general position holds for all: no zero, no tie and no fresh norm can hide a mistake.
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
+        return value
+    exact = value.detach().double().cpu()
+    size = exact[exact.isfinite()].abs().mean().nan_to_num().clamp(min=0.1)
+    noise = torch.rand(exact.shape, generator=generator, dtype=torch.float64)
+    return exact + (0.1 * size * noise if exact.dim() < 2 else 0.2 * size * (noise - 0.5))
+
+
+def relative_difference(expected: Tensor, found: Tensor) -> float:
+    """Returns max |expected - found| / max |expected|; not-a-numbers and infinities must stand in the same places."""
+    if not expected.numel():
+        return 0.0
+    finite = torch.isfinite(expected)
+    if not torch.equal(finite, torch.isfinite(found)):
+        return float("inf")
+    if not bool(finite.all()):
+        expected, found = expected[finite], found[finite]
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    gap = float((expected - found).abs().max()) if expected.numel() else 0.0
+    return gap / scale if scale else gap
