@@ -155,11 +155,11 @@ def attribute(module: nn.Module, name: str) -> Tensor:
 
 
 def tensor_names(graph_module: fx.GraphModule) -> dict[str, str]:
-    """For every name that the graph reads, the first name of the same tensor: tied weights are one tensor."""
+    """For every name under which the graph reads a tensor, the first name of the same tensor: tied weights are one tensor."""
     first: dict[int, str] = {}
     names = {}
     for node in graph_module.graph.nodes:
-        if node.op == "get_attr" and isinstance(node.meta.get("val"), Tensor):
+        if node.op == "get_attr" and node.users and isinstance(node.meta.get("val"), Tensor):
             name = str(node.target)
             names[name] = first.setdefault(id(attribute(graph_module, name)), name)
     return names

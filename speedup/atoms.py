@@ -502,7 +502,8 @@ def _components(size: int, pairs: Sequence[tuple[Index, Index]]) -> tuple[Index,
 def _woven(block: Block, merges: Sequence[Index], of: Index) -> Iterator[tuple[Index, Index]]:
     """Yields the merges that interleave the rows of ``block``: classes in merged order, and the row of each."""
     rows = of[block.members]
-    if rows.shape[0] == 1 or (rows == rows[0]).all():
+    rows = rows[np.sort(np.unique(rows, axis=0, return_index=True)[1])]
+    if len(rows) == 1:
         return
     low, high = rows.min(), rows.max()
     row_of = np.full(high - low + 1, -1, dtype=np.int64)
@@ -514,6 +515,8 @@ def _woven(block: Block, merges: Sequence[Index], of: Index) -> Iterator[tuple[I
         sequence = sequence[(sequence >= low) & (sequence <= high)]
         order = row_of[sequence - low]
         sequence, order = sequence[order >= 0], order[order >= 0]
+        once = np.sort(np.unique(sequence, return_index=True)[1])  # copies (a batch, repeated keys) follow the first
+        sequence, order = sequence[once], order[once]
         if np.count_nonzero(np.diff(order)) >= len(np.unique(order)) and len(order):
             yield sequence, order
 
@@ -528,9 +531,8 @@ def _follows(sequence: Index, weave: Weave) -> bool:
 
 def _weave(block: Block, sequence: Index, order: Index) -> Weave | None:
     """The weave of a merge that takes one member of every row in turn, each once; None for any other pattern."""
-    rows = len(block.members)
-    regular = len(order) == block.members.size and (order.reshape(-1, rows) == order[:rows]).all()
-    if not regular or len(set(order[:rows].tolist())) < rows or len(np.unique(sequence)) < len(sequence):
+    rows = int(order.max()) + 1
+    if len(order) % rows or (order.reshape(-1, rows) != order[:rows]).any() or len(set(order[:rows].tolist())) < rows:
         return None
     return Weave(block.node, sequence.reshape(-1, rows))
 

@@ -43,6 +43,9 @@ def shrink_graph(captured: Captured, plan: ShrinkPlan) -> ShrunkGraph:
     tensors = cut_tensors(captured, plan)
     names = tensor_names(source)
     for node in list(graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+            continue
         for argument in ("training", "train") if hasattr(node.target, "_schema") else ():
             if raw_argument(node, argument) is False:  # True in eval mode means always
                 node.meta["mode_argument"] = argument
@@ -282,9 +285,9 @@ def difference(module: nn.Module, graph: ShrunkGraph, captured: Captured) -> str
             args, kwargs = pytree.tree_map(lambda leaf: _moved(leaf, generator), (args, kwargs))
             try:
                 expected = pytree.tree_leaves(graph(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
-            except Exception:
+            except Exception as error:  # the proof will name the node
                 if batch != 3:
-                    raise
+                    return f"the rewritten graph fails: {str(error).splitlines()[0]}"
                 continue  # a graph with a fixed batch runs at its own only
             try:
                 found = pytree.tree_leaves(module(*args, **kwargs))

@@ -63,8 +63,13 @@ def prove(
         ProofError: They differ; the message names the first node at which they do.
     """
     run = _Lockstep(analysis, live, plan, shrunk, seed)
-    with torch.no_grad(), evaluating(shrunk):
-        return run.proof()
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # of tensors that the graph makes without naming a type
+    try:
+        with torch.no_grad(), evaluating(shrunk):
+            return run.proof()
+    finally:
+        torch.set_default_dtype(default)
 
 
 class _Lockstep:
@@ -95,7 +100,10 @@ class _Lockstep:
                 small[node.name] = self._small_tensor(node)
                 if twin is not None:
                     dense[node.name] = self._dense_tensor(twin)
-            elif node.op != "output":
+            elif node.op == "output":
+                if str(node.args) != str(self.analysis.captured.nodes[-1].args):
+                    raise ProofError("output: the shrunk graph returns other nodes. Compress the model again.")
+            else:
                 small[node.name] = self._call(node, small)
                 if twin is not None:
                     dense[node.name] = self._masked(twin, dense)
@@ -207,10 +215,16 @@ class _Lockstep:
         return picked.permute([order.index(dim) for dim in range(value.dim())])
 
 
+_UNSET = (aten.empty.memory_format, aten.new_empty.default)
+"""Operators whose content is whatever memory held; the proof takes zeros."""
+
+
 def execute(node: fx.Node, values: Mapping[str, Any]) -> Any:
     """Runs one call on exact values: floating types named in its arguments become double."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n.name])
     args, kwargs = pytree.tree_map(_exact_type, (tuple(args), dict(kwargs)))
+    if node.target in _UNSET:
+        return torch.zeros(args[-1], dtype=kwargs.get("dtype") or torch.float64)
     return node.target(*args, **kwargs)  # type: ignore[operator]  # call_function nodes hold callables
 
 

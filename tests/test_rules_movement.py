@@ -366,7 +366,7 @@ JOINS = (
     Case(
         "class_token_expanded_over_the_batch",
         lambda: Net(
-            lambda n, x: n.o((torch.cat([n.c.expand(len(x), -1, -1), n.a(x)], 1) + n.p)[:, 0]),
+            lambda n, x: n.o((torch.cat([n.c.expand(x.shape[0], -1, -1), n.a(x)], 1) + n.p)[:, 0]),
             a=nn.Linear(12, 8), c=weight(1, 1, 8), p=weight(1, 6, 8), o=nn.Linear(8, 2),
         ),
         tokens(),

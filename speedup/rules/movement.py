@@ -353,7 +353,7 @@ _RESHAPES = (
 _LITERAL = (
     aten.permute.default, aten.transpose.int, aten.t.default, aten.numpy_T.default, aten.mT.default,
     aten.movedim.int, aten.movedim.intlist, aten.swapaxes.default, aten.unsqueeze.default,
-    aten.transpose_.default, aten.unsqueeze_.default, aten.adjoint.default,
+    aten.adjoint.default,
 )  # fmt: skip
 _ALONG = (aten.roll.default, aten.flip.default)
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes)
