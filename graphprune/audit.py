@@ -19,7 +19,7 @@ from graphprune.weights import read_weights
 from speedup.agreement import compare, tensors
 from speedup.analysis import Analysis, analyse, attribute
 from speedup.atoms import Mask, support
-from speedup.capture import Captured, captured_from
+from speedup.capture import Captured, batch_size, captured_from
 from speedup.errors import PlanError, ProofError
 from speedup.literals import make_plan
 from speedup.plan import ShrinkPlan
@@ -180,17 +180,26 @@ def _check_file(path: Path, model: nn.Module, captured: Captured) -> str:
     if not path.is_file():
         raise ProofError(f"{path.name}: is missing. {_REMEDY}")
     inputs: Any = captured.kwargs or captured.args
+    batches = (1, 3) if _is_open(captured) else (batch_size(inputs),)
     if path.suffix == ".pt2":
         loaded = read_program(path).module(check_guards=False)
-        agreement = compare(lambda args, kwargs: tensors(loaded(*args, **kwargs)), path, model, inputs)
+        agreement = compare(lambda args, kwargs: tensors(loaded(*args, **kwargs)), path, model, inputs, batches=batches)
     else:
         from speedup.export import check_onnx  # noqa: PLC0415 - onnx takes its time to import
 
-        agreement = check_onnx(path, model, inputs)
+        agreement = check_onnx(path, model, inputs, batches=batches)
     if not agreement.checked:
         return agreement.note
-    batches = " and ".join(map(str, agreement.batches))
-    return f"computes the same at batch {batches}, to {agreement.difference:.1g} of the largest value"
+    compared = " and ".join(map(str, agreement.batches))
+    return f"computes the same at batch {compared}, to {agreement.difference:.1g} of the largest value"
+
+
+def _is_open(captured: Captured) -> bool:
+    """Whether the batch of the captured graph is open."""
+    values = [node.meta.get("val") for node in captured.nodes if node.op == "placeholder"]
+    return any(
+        isinstance(value, Tensor) and value.dim() and isinstance(value.shape[0], torch.SymInt) for value in values
+    )
 
 
 def _check_report(folder: Path, captured: Captured, graph: ShrunkGraph) -> str:

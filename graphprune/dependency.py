@@ -57,6 +57,7 @@ class ChannelGroup:
         locked: Which units must stay, shape (units,).
         counts: Blocks in which every row must keep the same number: for each block the number of members that a unit
             has in a row, shape (rows, units).
+        equals: The same for splits into equal parts, which only the user's own code needs to stay equal.
         weaves: Sequences of units whose survivors must take turns as the rows do, shape (turns, rows).
         parts: Units of which at least one must stay, because they are a tensor of their own.
         members: The axes it runs through.
@@ -70,6 +71,7 @@ class ChannelGroup:
     axes: tuple[Index, ...]
     locked: Mask
     counts: tuple[Index, ...]
+    equals: tuple[Index, ...]
     weaves: tuple[Index, ...]
     parts: tuple[Index, ...]
     members: tuple[Member, ...]
@@ -317,7 +319,7 @@ def _group(
     for block in counted:  # a row that is counted stays, and so does what is tied to its slab
         if block.slabs is not None:
             locked[local[block.slabs][local[block.slabs] >= 0]] = True
-    counts = [table for block in counted if (table := _count_table(block, local, len(units))) is not None]
+    tables = [(block.kind, _count_table(block, local, len(units))) for block in counted]
     weaves = [local[weave.turns] for weave in analysis.classes.weaves if (local[weave.turns] >= 0).all()]
     along = [local[axis.classes[local[axis.classes] >= 0]] for axis in axes if len(axis.dims) == 1]
     producers = [member for member in members if member.role == "out"] or list(members)
@@ -328,7 +330,8 @@ def _group(
         unit_of=unit,
         axes=tuple({units.tobytes(): units for units in along if len(units)}.values()),
         locked=locked,
-        counts=tuple(counts),
+        counts=tuple(table for kind, table in tables if table is not None and kind != "split"),
+        equals=tuple(table for kind, table in tables if table is not None and kind == "split"),
         weaves=tuple(weaves),
         parts=tuple(np.unique(local[part]) for part in analysis.classes.parts if (local[part] >= 0).all()),
         members=tuple(members),

@@ -134,7 +134,7 @@ def _multiple(count: float, step: int, size: int) -> int:
 
 def _best(group: ChannelGroup, scores: Scores, asked: int, wanted: int, round_to: int) -> Mask:
     """The ``wanted`` units of highest score that leave every block rectangular, shape (units,)."""
-    if group.counts or group.weaves:
+    if group.counts or group.equals or group.weaves:
         return _best_rectangular(group, scores, asked / group.units, round_to)
     keep = _highest(group, scores, wanted)
     if all(keep[units].any() for units in (*group.axes, *group.parts)):
@@ -154,17 +154,34 @@ def _highest(group: ChannelGroup, scores: Scores, wanted: int) -> Mask:
 def _best_rectangular(group: ChannelGroup, scores: Scores, share: float, step: int) -> Mask:
     """The units of highest score that leave every block rectangular when each axis keeps ``share`` of its channels.
 
-    Nested halves that must stay equal need counts that can be halved: where no choice exists the counts are rounded
-    down to multiples of 2, 4 and 8 times ``step``; if there is still none, everything stays.
+    Equal parts of a split stay equal if they can: nested halves of halves need counts that can be halved.
     """
-    for scale in (1, 2, 4, 8):
-        keep = _solved(group, scores, share, step * scale)
+    for equals in dict.fromkeys((bool(group.equals), False)):
+        keep = _solved(group, (*group.counts, *(group.equals if equals else ())), scores, share, step)
         if keep is not None:
             return keep
-    return np.ones(group.units, dtype=np.bool_)
+    keep = _approached(group, scores, share, step)
+    return np.ones(group.units, dtype=np.bool_) if keep is None else keep
 
 
-def _solved(group: ChannelGroup, scores: Scores, share: float, step: int) -> Mask | None:
+def _approached(group: ChannelGroup, scores: Scores, share: float, step: int) -> Mask | None:
+    """One integer program over units whose axes may miss their counts at a price: for counts that cannot all be met."""
+    program = _Program(np.ones(group.units))
+    for axis in group.axes:
+        weights = np.bincount(axis, minlength=group.units).astype(float)
+        program.aim(weights, _multiple(share * len(axis) + 1e-9, step, len(axis)))
+    for table in group.counts:
+        for row in table[1:]:
+            program.between((row - table[0]).astype(float), 0, 0)
+    for part in group.parts:
+        program.between(np.bincount(part, minlength=group.units).astype(float), 1, np.inf)
+    for weave in group.weaves:
+        program.take_turns(weave)
+    keep = program.solve(scores / (scores.max() or 1.0) / 5, group.locked.astype(float), gap=0.3)
+    return None if keep is None else keep > 0.5
+
+
+def _solved(group: ChannelGroup, tables: Sequence[Index], scores: Scores, share: float, step: int) -> Mask | None:
     """Two integer programs: how many units stay of each cell, then which; None where the counts cannot be met.
 
     Units of one cell stand in the same axes and in the same rows. An axis may miss its count at a price.
@@ -175,7 +192,7 @@ def _solved(group: ChannelGroup, scores: Scores, share: float, step: int) -> Mas
     for axis in group.axes:
         weights = np.bincount(cell_of[axis], minlength=len(sizes)) / sizes
         counting.aim(weights, _multiple(share * len(axis) + 1e-9, step, len(axis)))
-    for table in group.counts:
+    for table in tables:
         by_cell = np.stack([np.bincount(cell_of, weights=row, minlength=len(sizes)) / sizes for row in table])
         for row in by_cell[1:]:
             counting.between(row - by_cell[0], 0, 0)
@@ -190,10 +207,10 @@ def _solved(group: ChannelGroup, scores: Scores, share: float, step: int) -> Mas
     choosing = _Program(np.ones(group.units))
     for cell, count in enumerate(np.rint(counts)):
         choosing.between((cell_of == cell).astype(float), count, count)
-    for weave in group.weaves:
-        choosing.take_turns(weave)
     for part in group.parts:
         choosing.between(np.bincount(part, minlength=group.units).astype(float), 1, np.inf)
+    for weave in group.weaves:
+        choosing.take_turns(weave)
     chosen = choosing.solve(scores / (scores.max() or 1.0), group.locked.astype(float))
     return None if chosen is None else chosen > 0.5
 
@@ -201,7 +218,7 @@ def _solved(group: ChannelGroup, scores: Scores, share: float, step: int) -> Mas
 def _cells(group: ChannelGroup) -> Index:
     """The cell of each unit, shape (units,): units that stand equally often in every axis and every row."""
     columns = [np.bincount(axis, minlength=group.units) for axis in group.axes]
-    columns += [row for table in group.counts for row in table]
+    columns += [row for table in (*group.counts, *group.equals) for row in table]
     columns.append(group.locked.astype(np.int64))
     return np.unique(np.stack(columns), axis=1, return_inverse=True)[1].reshape(-1)
 
@@ -276,8 +293,11 @@ class _Program:
                 self._constraint(place, np.ones(rows - 1), 0, 1)
         self._constraint(lead[-1], np.ones(rows - 1), 0, 0)
 
-    def solve(self, scores: Scores, low: NDArray[np.float64]) -> NDArray[np.float64] | None:
-        """Returns how much stays of each, at least ``low``: the highest sum of scores less the price of what is missed."""
+    def solve(self, scores: Scores, low: NDArray[np.float64], gap: float = 1e-3) -> NDArray[np.float64] | None:
+        """Returns how much stays of each, at least ``low``: the highest sum of scores less the price of what is missed.
+
+        The search ends when the sum is proven to be within ``gap`` of the best, relative.
+        """
         rows, columns, values = (np.concatenate(parts) for parts in zip(*self.entries, strict=True))
         matrix = csr_array((values, (rows, columns)), shape=(len(self.bounds), self.columns))
         least, most = np.array(self.bounds).T
@@ -287,7 +307,7 @@ class _Program:
             constraints=LinearConstraint(matrix, least, most),
             bounds=Bounds(np.concatenate([low, np.zeros(extra)]), np.concatenate([self.sizes, self.high])),
             integrality=np.concatenate([np.ones(len(self.sizes)), np.zeros(extra)]),
-            options={"node_limit": 5000, "mip_rel_gap": 1e-3},
+            options={"node_limit": 1000, "mip_rel_gap": gap},
         )
         return None if result.x is None else result.x[: len(self.sizes)]
 

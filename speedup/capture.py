@@ -47,6 +47,13 @@ class Captured:
         """The nodes of the graph in the order in which they run."""
         return list(self.graph_module.graph.nodes)
 
+    @property
+    def fixed_batch(self) -> int | None:
+        """The only batch size at which the graph is right; None where it is right at any."""
+        inputs = [node.meta.get("val") for node in self.nodes if node.op == "placeholder"]
+        dynamic = any(isinstance(size, torch.SymInt) for value in inputs if isinstance(value, Tensor) for size in value.shape)
+        return None if dynamic else batch_size((self.args, self.kwargs))
+
     def flat_inputs(self) -> list[Any]:
         """The example inputs, one for each placeholder."""
         return pytree.tree_leaves((self.args, self.kwargs))

@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass, NameFixPass
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, NameFixPass, OutputFixPass
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, OutputKind, TensorArgument
@@ -219,12 +219,11 @@ def _translate(
     program: ExportedProgram, model: nn.Module, example_inputs: ExampleInputs, opset: int, *, optimize: bool
 ) -> ONNXProgram:
     """Returns `program` in ONNX, with names that dense and shrunk files share and without the user's source lines."""
+    who = type(model).__name__
     returned = [spec.arg for spec in program.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
     for value in returned:
         if not isinstance(value, TensorArgument) and not (isinstance(value, ConstantArgument) and value.value is None):
-            raise ExportError(
-                f"{type(model).__name__}: returns a number, which ONNX has no output for. Return tensors only."
-            )
+            raise ExportError(f"{who}: returns a number, which ONNX has no output for. Return tensors only.")
     outputs = _names(pytree.tree_unflatten(returned, program.call_spec.out_spec), TensorArgument)
     inputs = _named_inputs(model, example_inputs)
     present = batch_size(example_inputs)
@@ -235,19 +234,19 @@ def _translate(
             verbose=False,
             opset_version=opset,
             optimize=optimize,
-            input_names=list(inputs),
-            output_names=outputs,
             dynamic_shapes=[{0: "batch"} if carries_batch(leaf, present) else None for leaf in inputs.values()],
         )
     except OnnxExporterError as error:
         operator = re.search(r"OpOverload\(op='([\w.]+)'", str(error))
         fact = f"ONNX has no operator for {operator[1]}" if operator else f"torch.onnx fails ({_first_line(error)})"
-        raise ExportError(f"{type(model).__name__}: {fact}. Replace it in the model, or use a .pt2 file.") from error
+        raise ExportError(f"{who}: {fact}. Replace it in the model, or use a .pt2 file.") from error
     assert translated is not None
     if translated.model.opset_imports.get("", opset) != opset:  # the converter only logs it
-        raise ExportError(
-            f"{type(model).__name__}: cannot be converted to opset {opset}. Use a lower one, down to {OPSETS[0]}."
-        )
+        raise ExportError(f"{who}: cannot be converted to opset {opset}. Use a lower one, down to {OPSETS[0]}.")
+    OutputFixPass()(translated.model)  # what is input and output, or output twice, becomes two values
+    graph = translated.model.graph
+    for value, name in zip((*graph.inputs, *graph.outputs), (*inputs, *outputs), strict=True):
+        value.name = name
     NameFixPass()(translated.model)
     ClearMetadataAndDocStringPass()(translated.model)
     return translated
@@ -274,6 +273,8 @@ def _names(tree: Any, kind: type) -> list[str]:
 def _draft(path: Path) -> Iterator[Path]:
     """Gives a path to write to; without an error what is there in the end takes its place at `path` in one step."""
     try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             yield Path(folder, path.name)
             for file in sorted(Path(folder).iterdir(), reverse=True):  # external data before what refers to them

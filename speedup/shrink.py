@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from speedup.analysis import attribute, tensor_names
 from speedup.capture import Captured, batch_size, evaluating, with_batch
 from speedup.rules.call import raw_argument
+from speedup.errors import PlanError
 from speedup.numeric import perturbed, relative_difference
 from speedup.plan import Scaled, ShrinkPlan
 
@@ -56,7 +57,23 @@ def shrink_graph(captured: Captured, plan: ShrinkPlan) -> ShrunkGraph:
         if node.op == "get_attr":
             name = names.get(str(node.target), str(node.target))
             root[str(node.target)] = tensors.get(name, None) if name in tensors else _attribute(source, name)
-    return ShrunkGraph(root, graph, type(captured.model).__name__)
+    shrunk = ShrunkGraph(root, graph, type(captured.model).__name__)
+    if captured.fixed_batch is not None:
+        shrunk.register_forward_pre_hook(_at_batch_only(captured.fixed_batch), with_kwargs=True)
+    return shrunk
+
+
+def _at_batch_only(batch: int) -> Callable[[nn.Module, Any, Any], None]:
+    """A hook that refuses inputs of another batch than the one that the graph was specialised to."""
+
+    def check(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if batch_size((args, kwargs)) != batch:
+            raise PlanError(
+                f"batch {batch_size((args, kwargs))}: the model fixes its batch in Python, so its graph is right for "
+                f"{batch} only. Read sizes with x.shape and avoid len(x) and int()."
+            )
+
+    return check
 
 
 def cut_tensors(captured: Captured, plan: ShrinkPlan) -> dict[str, Tensor]:
@@ -280,15 +297,14 @@ def difference(module: nn.Module, graph: ShrunkGraph, captured: Captured) -> str
     with evaluating(module, graph), torch.no_grad():
         for tensor in (*graph.parameters(), *graph.buffers()):
             tensor.copy_(perturbed(tensor, generator))
-        for batch in (batch_size((captured.args, captured.kwargs)), 3):
+        example = batch_size((captured.args, captured.kwargs))
+        for batch in (example, 3) if captured.fixed_batch is None else (example,):
             args, kwargs = with_batch((captured.args, captured.kwargs), batch)
             args, kwargs = pytree.tree_map(lambda leaf: _moved(leaf, generator), (args, kwargs))
             try:
                 expected = pytree.tree_leaves(graph(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
             except Exception as error:  # the proof will name the node
-                if batch != 3:
-                    return f"the rewritten graph fails: {str(error).splitlines()[0]}"
-                continue  # a graph with a fixed batch runs at its own only
+                return f"the rewritten graph fails: {str(error).splitlines()[0]}"
             try:
                 found = pytree.tree_leaves(module(*args, **kwargs))
             except Exception as error:  # whatever the user's code raises

@@ -64,6 +64,19 @@ class Stubborn(nn.Module):
         return {"out": self.down(x)}
 
 
+class Fixed(nn.Module):
+    """Works with a batch of four and no other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 32)
+        self.down = nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(self.up(x).relu()) * torch.arange(4.0).unsqueeze(1)
+        return out
+
+
 class Tied(nn.Module):
     """An embedding that is also the output layer."""
 
@@ -83,6 +96,7 @@ class Tied(nn.Module):
 MODELS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "plain": (Plain, (torch.randn(2, 3, 6, 6),)),
     "stubborn": (Stubborn, {"x": torch.randn(2, 8), "shift": torch.randn(2, 1)}),
+    "fixed": (Fixed, torch.randn(4, 8)),
     "tied": (Tied, torch.randint(12, (2, 5))),
 }
 
@@ -128,7 +142,7 @@ def test_all_files_are_there(deliveries: dict[str, Delivery], name: str) -> None
     assert {path.name for path in made.folder.iterdir()} == set(files.FILES)
     assert len({path.stat().st_mode for path in made.folder.iterdir()}) == 1
     report = json.loads((made.folder / files.REPORT).read_text())
-    assert report["result"]["form"] == ("graph" if name == "stubborn" else "module")
+    assert name == "fixed" or report["result"]["form"] == ("graph" if name == "stubborn" else "module")
     assert report["params"]["shrunk"] < report["params"]["dense"]
     assert report["files"].keys() == set(files.FILES) - {files.REPORT}
     assert report["versions"]["torch"] == torch.__version__
@@ -144,7 +158,7 @@ def test_load_into_a_fresh_model(deliveries: dict[str, Delivery], name: str) -> 
     before = copy.deepcopy(fresh.state_dict())
     loaded = load(made.folder, fresh)
     assert loaded.training
-    assert isinstance(loaded, kind) == (name != "stubborn")  # type: ignore[arg-type]  # a class
+    assert isinstance(loaded, kind) == (made.report["result"]["form"] == "module")  # type: ignore[arg-type]  # a class
     assert all(torch.equal(tensor, fresh.state_dict()[key]) for key, tensor in before.items())
     if name != "plain":  # whose buffer that is not saved was perturbed
         for one, other in zip(outputs(loaded, inputs), outputs(made.result.model, inputs), strict=True):
@@ -201,7 +215,8 @@ def test_a_blueprint_survives_its_file(deliveries: dict[str, Delivery], tmp_path
         blueprint.write(tmp_path / "again.json")
         assert json.loads((tmp_path / "again.json").read_text()) == json.loads((made.folder / files.PLAN).read_text())
         args, kwargs = blueprint.example_inputs()
-        assert all(tensor.shape[0] == 2 for tensor in (*args, *kwargs.values()))
+        batch = 4 if blueprint.model == "Fixed" else 2
+        assert all(tensor.shape[0] == batch for tensor in (*args, *kwargs.values()))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -229,14 +244,16 @@ def test_audit_finds_a_kept_channel_that_a_tied_tensor_drops(plain: Path) -> Non
         audit(plain)
 
 
-def test_audit_finds_a_wrong_literal(plain: Path) -> None:
-    def change(data: dict[str, Any]) -> None:
-        node = next(iter(data["literals"]))
-        data["literals"][node] = {}
+def test_audit_finds_a_wrong_literal(deliveries: dict[str, Delivery], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(deliveries["stubborn"].folder, tmp_path / "stubborn"))
 
-    change_plan(plain, change)
+    def change(data: dict[str, Any]) -> None:
+        ((node, literals),) = data["literals"].items()
+        data["literals"][node] = {name: [*value[:-1], value[-1] + 1] for name, value in literals.items()}
+
+    change_plan(folder, change)
     with pytest.raises(SpeedupError, match=r"plan\.json: literals of \w+ is not what follows"):
-        audit(plain)
+        audit(folder)
 
 
 def test_audit_finds_an_unknown_tensor(plain: Path) -> None:

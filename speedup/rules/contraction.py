@@ -40,7 +40,8 @@ def linear(flow: Flow, call: Call) -> Labels:
     """y[..., o] = sum_i x[..., i] W[o, i] + b[o]."""
     x, weight = call["input"], call["weight"]
     lead = [f"x{dim}" for dim in range(len(x.shape) - 1)]
-    out = contract(flow, [(x, [*lead, "i"]), (weight, ["o", "i"][-len(weight.shape) :])], [*lead, "o"])
+    letters = ["o", "i"] if len(weight.shape) == 2 else ["i"]
+    out = contract(flow, [(x, [*lead, "i"]), (weight, letters)], [*lead, *letters[:-1]])
     return flow.meet([out, call["bias"]], call.shape) if call.get("bias") else out
 
 
