@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,13 +17,13 @@ from graphprune.errors import ConfigError, ModelError
 from graphprune.weights import read_weights
 from speedup.agreement import compare, tensors
 from speedup.analysis import Analysis, analyse, attribute
-from speedup.atoms import Mask, support
+from speedup.atoms import Mask
 from speedup.capture import Captured, batch_size, captured_from
 from speedup.errors import PlanError, ProofError
-from speedup.literals import make_plan
 from speedup.plan import ShrinkPlan
+from speedup.planning import live_from_keep, make_plan
+from speedup.proof import prove
 from speedup.shrink import ShrunkGraph, shrink_graph
-from speedup.verify import prove
 
 _REMEDY = "Compress the model again."
 
@@ -89,44 +88,6 @@ def _findings(folder: Path, progress: Callable[[str], None]) -> Iterator[Finding
 
     progress(files.REPORT)
     yield Finding(files.REPORT, _check_report(folder, captured, graph))
-
-
-def live_from_keep(analysis: Analysis, plan: ShrinkPlan) -> Mask:
-    """Returns which classes live, shape (classes,), when exactly what ``plan`` keeps of every axis does.
-
-    A class is gone if any axis dropped any of its indices; a slab is gone if all of its row is.
-
-    Raises:
-        ProofError: The plan names an axis that the model does not have.
-    """
-    live = np.ones(analysis.classes.count, dtype=np.bool_)
-    for name in {axis.tensor for axis in plan.keep} - analysis.parameters.keys():
-        raise ProofError(f"{files.PLAN}: keeps channels of {name}, which the model does not have. {_REMEDY}")
-    for axis, kept in plan.keep.items():
-        labels = analysis.parameters[axis.tensor]
-        gone = np.setdiff1d(np.arange(labels.shape[axis.dim]), kept)
-        for plane in labels.planes:
-            if support(plane) == (axis.dim,):
-                live[analysis.classes.plane(plane)[gone]] = False
-    for name, rows in plan.rows.items():
-        for plane in analysis.parameters[name].planes:
-            if len(support(plane)) == 2:
-                _drop_positions(live, analysis.classes.plane(plane), rows, _kept(plan, name, plane.shape[0]))
-    for block in analysis.classes.blocks:
-        if block.slabs is not None:
-            live[block.slabs] &= live[block.members].any(axis=1)
-    return live
-
-
-def _kept(plan: ShrinkPlan, name: str, size: int) -> Any:
-    return next((kept for axis, kept in plan.keep.items() if axis.tensor == name and axis.dim == 0), np.arange(size))
-
-
-def _drop_positions(live: Mask, classes: Any, rows: Any, kept: Any) -> None:
-    """Lets the classes die that kept outputs of a grouped weight do not keep."""
-    stays = np.zeros((len(kept), classes.shape[1]), dtype=np.bool_)
-    np.put_along_axis(stays, rows, True, axis=1)
-    live[classes[kept][~stays]] = False
 
 
 def _retie(module: nn.Module, tied: Mapping[str, str]) -> None:

@@ -51,7 +51,9 @@ def cost(module: fx.GraphModule, captured: Captured) -> Cost:
     """Returns what ``module``, the captured graph or a shrunk one, costs; nothing is computed, only shapes."""
     batch = batch_size((captured.args, captured.kwargs))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        fake = pytree.tree_map(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, captured.flat_inputs())
+        fake = pytree.tree_map(
+            lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, captured.flat_inputs()
+        )
         counting = _Counting(module)
         counting.run(*fake, enable_io_processing=False)
     return Cost(

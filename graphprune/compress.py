@@ -19,10 +19,10 @@ from graphprune.report import Report, build_report
 from graphprune.select import Selection, select
 from speedup.analysis import Analysis, analyse, attribute
 from speedup.capture import ExampleInputs, capture
-from speedup.literals import make_plan
 from speedup.plan import ShrinkPlan
+from speedup.planning import make_plan
+from speedup.proof import prove
 from speedup.shrink import Shrunk, shrink
-from speedup.verify import prove
 
 T = TypeVar("T")
 Progress = Callable[[str], None]

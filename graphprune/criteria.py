@@ -21,11 +21,17 @@ CriterionName = Literal["l1", "l2", "fpgm", "bn_scale", "random"]
 Criterion = Callable[[Analysis, int], Scores]
 
 aten = torch.ops.aten
-_NORMS = (aten.batch_norm.default, aten.group_norm.default, aten.layer_norm.default, aten.instance_norm.default, aten.rms_norm.default)
+_NORMS = (
+    aten.batch_norm.default,
+    aten.group_norm.default,
+    aten.layer_norm.default,
+    aten.instance_norm.default,
+    aten.rms_norm.default,
+)
 
 
 def l1(analysis: Analysis, seed: int) -> Scores:
-    """sum |W_c| over every coupled slice (Li et al., Pruning Filters for Efficient ConvNets, 2017)."""
+    """Sum |W_c| over every coupled slice (Li et al., Pruning Filters for Efficient ConvNets, 2017)."""
     return _summed(analysis, lambda weight, dims: weight.abs().sum(dims) if dims else weight.abs())
 
 
@@ -93,5 +99,7 @@ def _summed(analysis: Analysis, score: Callable[[Tensor, list[int]], Tensor]) ->
         if (pinned[where] >= 0).all():
             continue
         others = [dim for dim in range(weight.dim()) if dim not in kept]
-        np.add.at(scores, where, score(weight.float() if weight.dtype.itemsize < 4 else weight, others).double().cpu().numpy())
+        np.add.at(
+            scores, where, score(weight.float() if weight.dtype.itemsize < 4 else weight, others).double().cpu().numpy()
+        )
     return scores

@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from torch import fx, nn
+from torch import nn
 
 from speedup.analysis import Analysis, analyse
-from speedup.atoms import Block, Classes, Index, Labels, Mask, support
+from speedup.atoms import Block, Index, Labels, Mask, support
 from speedup.capture import ExampleInputs, capture
+from speedup.classes import Classes
 from speedup.rules import rule_for
 
 _GROUPED = ("convolution", "group norm")
@@ -229,7 +230,9 @@ def _units(count: int, blocks: Sequence[Block]) -> tuple[Index, list[Block]]:
             sharing.setdefault(leader, []).append(block)
     unit = np.arange(count)
     counted = [block for block in blocks if block.slabs is None]
-    for family in sorted(sharing.values(), key=lambda family: (any(b.kind in _GROUPED for b in family), len(family[0].members))):
+    for family in sorted(
+        sharing.values(), key=lambda family: (any(b.kind in _GROUPED for b in family), len(family[0].members))
+    ):
         grouped = any(block.kind in _GROUPED for block in family)
         coarse = grouped and any(block.members.shape[0] < block.members.shape[1] for block in family)
         united = None if coarse else _united(unit, family)
@@ -242,7 +245,9 @@ def _units(count: int, blocks: Sequence[Block]) -> tuple[Index, list[Block]]:
 
 def _united(unit: Index, family: Sequence[Block]) -> Index | None:
     """The units after the rows of ``family`` go whole; None where they would run into each other."""
-    rows = np.concatenate([np.repeat(block.slabs, block.members.shape[1]) for block in family if block.slabs is not None])
+    rows = np.concatenate(
+        [np.repeat(block.slabs, block.members.shape[1]) for block in family if block.slabs is not None]
+    )
     columns = np.concatenate([block.members.reshape(-1) for block in family])
     links = coo_array((np.ones(len(rows)), (unit[rows], unit[columns])), shape=(len(unit), len(unit)))
     _, merged = connected_components(links, directed=False)
@@ -269,36 +274,15 @@ def _positions(group_of: Index) -> dict[int, Index]:
 
 def _members(analysis: Analysis, axes: Sequence[_Axis], group_of: Index) -> dict[int, list[Member]]:
     """The members of each group, groups in the order in which the graph first uses them."""
-    users = _first_users(analysis)
     found: dict[int, list[Member]] = {}
     for axis in axes:
-        user = users.get(axis.tensor)
+        user = analysis.users.get(axis.tensor)
         labels, channels = np.unique(group_of[axis.classes], return_counts=True)
         for label, count in zip(labels.tolist(), channels.tolist(), strict=True):
             inside = axis.classes[group_of[axis.classes] == label]
-            role = "out" if user is not None and _reaches(analysis, user, inside) else "in"
+            role = "out" if analysis.produces(axis.tensor, inside) else "in"
             found.setdefault(label, []).append(Member(axis.tensor, axis.dims, count, role, user.name if user else ""))
     return found
-
-
-def _first_users(analysis: Analysis) -> dict[str, fx.Node]:
-    users: dict[str, fx.Node] = {}
-    for node in analysis.captured.nodes:
-        for source in node.all_input_nodes:
-            if source.op == "get_attr" and node.op == "call_function":
-                users.setdefault(analysis.aliases.get(str(source.target), str(source.target)), node)
-    return users
-
-
-def _reaches(analysis: Analysis, node: fx.Node, classes: Index) -> bool:
-    """Whether channels of ``classes`` come out of ``node``."""
-    outputs = analysis.labels[node.name]
-    return any(
-        np.isin(classes[:1], analysis.classes.plane(plane)).any()
-        for output in (outputs if isinstance(outputs, list) else [outputs])
-        if isinstance(output, Labels)
-        for plane in output.planes
-    )
 
 
 def _group(

@@ -13,8 +13,8 @@ from graphprune.budget import Cost
 from graphprune.config import Request
 from graphprune.dependency import ChannelGroup, DependencyGraph, Member
 from graphprune.select import Choice, Selection
+from speedup.proof import Proof
 from speedup.shrink import Shrunk
-from speedup.verify import Proof
 
 Report = dict[str, Any]
 

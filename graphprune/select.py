@@ -88,10 +88,7 @@ def select(
         if kept != wanted:
             note = f"{wanted} asked; its blocks must keep the same number in each row"
         choices.append(Choice(group, asked, kept, note))
-    for block in dependencies.analysis.classes.blocks:
-        if block.slabs is not None:
-            live[block.slabs] &= live[block.members].any(axis=1)
-    return Selection(live, tuple(choices))
+    return Selection(dependencies.analysis.classes.with_slabs(live), tuple(choices))
 
 
 def _targets(

@@ -11,8 +11,19 @@ if TYPE_CHECKING:
     from speedup.errors import SpeedupError
     from speedup.export import check_onnx, export_onnx, export_pt2
     from speedup.latency import Benchmark, benchmark
+    from speedup.masks import ModelSpeedup
+    from speedup.proof import verify
 
-__all__ = ["Benchmark", "SpeedupError", "benchmark", "check_onnx", "export_onnx", "export_pt2"]
+__all__ = [
+    "Benchmark",
+    "ModelSpeedup",
+    "SpeedupError",
+    "benchmark",
+    "check_onnx",
+    "export_onnx",
+    "export_pt2",
+    "verify",
+]
 
 _HOMES = MappingProxyType(
     {
@@ -22,6 +33,8 @@ _HOMES = MappingProxyType(
         "check_onnx": "export",
         "export_onnx": "export",
         "export_pt2": "export",
+        "ModelSpeedup": "masks",
+        "verify": "proof",
     }
 )
 """Public name -> the module that holds it."""

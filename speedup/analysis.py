@@ -3,14 +3,16 @@
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from speedup.atoms import Classes, Flow, Index, Labels, Mask, Pin, Plane, solve, support
+from speedup.atoms import Flow, Index, Labels, Mask, Pin, Plane, support
 from speedup.capture import Captured
+from speedup.classes import Classes, solve
 from speedup.rules import Call, Rule, rule_for
 from speedup.rules.call import hint, sizes, symbolic_dims
 
@@ -50,6 +52,26 @@ class Analysis:
                 if position >= 0:
                     return self.classes.pins[position]
         return None
+
+    @cached_property
+    def users(self) -> Mapping[str, fx.Node]:
+        """For each parameter by name the first node that computes with it."""
+        users: dict[str, fx.Node] = {}
+        for node in self.captured.nodes:
+            for source in node.all_input_nodes:
+                if source.op == "get_attr" and node.op == "call_function":
+                    users.setdefault(self.aliases.get(str(source.target), str(source.target)), node)
+        return users
+
+    def produces(self, name: str, classes: Index) -> bool:
+        """Whether the channels ``classes`` of parameter ``name`` come out of the operator that uses it."""
+        outputs = self.labels[self.users[name].name] if name in self.users else []
+        return any(
+            np.isin(classes.reshape(-1)[:1], self.classes.plane(plane)).any()
+            for output in (outputs if isinstance(outputs, list) else [outputs])
+            if isinstance(output, Labels)
+            for plane in output.planes
+        )
 
     def kept(self, name: str, live: Mask) -> list[Index | None]:
         """For each dimension of parameter ``name`` the indices whose labels live, None where all do."""
@@ -97,9 +119,7 @@ def analyse(captured: Captured) -> Analysis:
             if rule is None:
                 unknown.append(node)
             labels[node.name] = _run(flow, call, rule)
-    return Analysis(
-        captured, labels, parameters, names, solve(flow), tuple(unknown)
-    )
+    return Analysis(captured, labels, parameters, names, solve(flow), tuple(unknown))
 
 
 def _run(flow: Flow, call: Call, rule: Rule | None) -> Labels | list[Labels]:
@@ -207,4 +227,3 @@ def _tensors(value: Any) -> list[Labels]:
     if isinstance(value, Mapping):
         return [tensor for item in value.values() for tensor in _tensors(item)]
     return []
-

@@ -51,7 +51,9 @@ class Captured:
     def fixed_batch(self) -> int | None:
         """The only batch size at which the graph is right; None where it is right at any."""
         inputs = [node.meta.get("val") for node in self.nodes if node.op == "placeholder"]
-        dynamic = any(isinstance(size, torch.SymInt) for value in inputs if isinstance(value, Tensor) for size in value.shape)
+        dynamic = any(
+            isinstance(size, torch.SymInt) for value in inputs if isinstance(value, Tensor) for size in value.shape
+        )
         return None if dynamic else batch_size((self.args, self.kwargs))
 
     def flat_inputs(self) -> list[Any]:
@@ -176,9 +178,7 @@ def captured_from(program: ExportedProgram, model: nn.Module | None = None) -> C
     return Captured(graph_module if model is None else model, graph_module, args, kwargs, program)
 
 
-def _attempts(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], bool]]:
+def _attempts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], bool]]:
     """Yields example inputs to try: a dynamic batch first, the example exactly as it is last."""
     if batch_size((args, kwargs)) < 2:
         wide_args, wide_kwargs = with_batch((args, kwargs), 2)

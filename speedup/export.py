@@ -1,13 +1,10 @@
 """A model in, a file that stands alone out: ONNX or a .pt2 archive, compared with the model before anybody sees it."""
 
 import inspect
-import io
-import logging
 import re
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ from torch.onnx.errors import OnnxExporterError
 from torch.utils import _pytree as pytree
 
 from speedup.agreement import TOLERANCE, Agreement, compare, tensors, weights
-from speedup.capture import ExampleInputs, _attempts, _first_line, batch_size, evaluating, split_inputs
+from speedup.capture import ExampleInputs, _attempts, _first_line, batch_size, evaluating, quiet, split_inputs
 from speedup.errors import ExportError, SpeedupError
 from speedup.program import carries_batch, to_program
 from speedup.session import NUMPY_TYPES, ORT_ERRORS, NoKernel, one_line, open_session
@@ -198,7 +195,7 @@ def _written(
         ExportError: The reason against an open batch, where that of the example does not do either.
     """
     reasons: list[str] = []
-    with _draft(path) as draft, _quiet(), evaluating(model):
+    with _draft(path) as draft, quiet(), evaluating(model):
         for args, kwargs, dynamic in _attempts(*split_inputs(example_inputs)):
             batch = batch_size((args, kwargs))
             try:
@@ -283,16 +280,3 @@ def _draft(path: Path) -> Iterator[Path]:
         raise ExportError(
             f"{path}: cannot be written ({error.strerror or error}). Name a file in a folder that you may write to."
         ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps from the user what torch and onnxscript print, log and warn of; what matters is raised."""
-    before = logging.root.manager.disable
-    logging.disable()
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

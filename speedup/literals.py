@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import fx
 
-from speedup.analysis import Analysis, bind
+from speedup.analysis import Analysis
 from speedup.atoms import Index, Labels, Mask
 from speedup.errors import PlanError
-from speedup.plan import Axis, Scaled, ShrinkPlan
+from speedup.plan import Scaled
 from speedup.rules import Call
 
 aten = torch.ops.aten
@@ -86,7 +86,9 @@ def _normalized_shape(remains: Remains) -> dict[str, Any]:
 def _groups(name: str) -> Callable[[Remains], dict[str, Any]]:
     def rewrite(remains: Remains) -> dict[str, Any]:
         x = remains.call.tensors()[0]
-        dim = 1 if len(x.shape) > 1 and (name == "num_groups" or len(x.shape) == len(remains.call["weight"].shape)) else 0
+        dim = (
+            1 if len(x.shape) > 1 and (name == "num_groups" or len(x.shape) == len(remains.call["weight"].shape)) else 0
+        )
         rows = remains.alive(x, dim).reshape(int(remains.call[name]), -1)
         return {name: int(rows.any(axis=1).sum())}
 
@@ -189,7 +191,9 @@ def _pad(remains: Remains) -> dict[str, Any]:
         inside, outside = remains.alive(x, dim), remains.alive(output, dim)
         before, after = amounts[2 * i], amounts[2 * i + 1]
         amounts[2 * i] = int(outside[:before].sum()) if before > 0 else -int(inside[: -before or 0].sum())
-        amounts[2 * i + 1] = int(outside[len(outside) - after :].sum()) if after > 0 else -int(inside[len(inside) + after :].sum())
+        amounts[2 * i + 1] = (
+            int(outside[len(outside) - after :].sum()) if after > 0 else -int(inside[len(inside) + after :].sum())
+        )
     return {"pad": amounts}
 
 
@@ -229,59 +233,3 @@ LITERALS: Mapping[Any, Callable[[Remains], dict[str, Any]]] = {
     **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), _pad),
     aten.scaled_dot_product_attention.default: _scale,
 }
-
-
-def make_plan(analysis: Analysis, live: Mask) -> ShrinkPlan:
-    """Returns the plan that keeps the ``live`` classes, shape (classes,), and nothing else.
-
-    Raises:
-        PlanError: What lives is no rectangle at some node, or a pinned class would go.
-    """
-    classes = analysis.classes
-    gone = np.flatnonzero(~live & (classes.pin_of >= 0))
-    if len(gone):
-        pin = classes.pins[classes.pin_of[gone[0]]]
-        raise PlanError(f"{pin.node}: {len(gone)} channels that must stay would go, the first {pin.reason}. Keep them.")
-    keep: dict[Axis, Index] = {}
-    rows: dict[str, Index] = {}
-    for name, labels in analysis.parameters.items():
-        keep |= {Axis(name, dim): kept for dim, kept in enumerate(analysis.kept(name, live)) if kept is not None}
-        table = _row_table(analysis, name, labels, live, keep)
-        if table is not None:
-            rows[name] = table
-    literals: dict[str, dict[str, Any]] = {}
-    for node in analysis.captured.nodes:
-        rewrite = LITERALS.get(node.target)
-        if rewrite is None:
-            continue
-        remains = Remains(analysis, live, bind(node, analysis.labels, analysis.captured))
-        if all(classes.live_mask(labels, live) is None for labels in _around(remains)):
-            continue
-        new = {name: value for name, value in rewrite(remains).items() if value != _as_list(remains.raw(name))}
-        if new:
-            literals[node.name] = new
-    return ShrinkPlan(keep, rows, literals)
-
-
-def _around(remains: Remains) -> list[Labels]:
-    """The tensors that go into a call and come out of it."""
-    output = remains.analysis.labels[remains.call.node.name]
-    return [*remains.call.tensors(), *(output if isinstance(output, list) else [output])]
-
-
-def _as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, list | tuple) else value
-
-
-def _row_table(analysis: Analysis, name: str, labels: Labels, live: Mask, keep: Mapping[Axis, Index]) -> Index | None:
-    """The positions that each kept output of a grouped weight keeps, or None where all stay."""
-    for plane in labels.planes:
-        alive = live[analysis.classes.plane(plane)]
-        if alive.ndim != 2 or alive.all():
-            continue
-        alive = alive[keep.get(Axis(name, 0), np.arange(len(alive)))]
-        counts = alive.sum(axis=1)
-        if len(np.unique(counts)) > 1:
-            raise PlanError(f"{name}: groups would keep {counts.min()} to {counts.max()} inputs. Keep the same number in each.")
-        return np.nonzero(alive)[1].reshape(len(alive), -1) if counts[0] < alive.shape[1] else None
-    return None

@@ -52,7 +52,9 @@ class ShrinkPlan:
         for axis, indices in self.keep.items():
             if axis.tensor != name:
                 continue
-            if axis.dim >= tensor.dim() or (len(indices) and not 0 <= indices.min() <= indices.max() < tensor.shape[axis.dim]):
+            if axis.dim >= tensor.dim() or (
+                len(indices) and not 0 <= indices.min() <= indices.max() < tensor.shape[axis.dim]
+            ):
                 raise PlanError(
                     f"{name}: the plan keeps index {indices.max()} of dimension {axis.dim}, but its shape is "
                     f"{tuple(tensor.shape)}. Use the model that the plan was made for."
@@ -94,7 +96,9 @@ class ShrinkPlan:
             rows = {name: np.asarray(table, dtype=np.int64) for name, table in data["rows"].items()}
             literals = {node: {k: _literal(v) for k, v in new.items()} for node, new in data["literals"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PlanError(f"plan: is not the plan of a shrunk model ({error!r}). Compress the model again.") from error
+            raise PlanError(
+                f"plan: is not the plan of a shrunk model ({error!r}). Compress the model again."
+            ) from error
         return cls(keep, rows, literals)
 
 

@@ -12,10 +12,10 @@ from torch.utils import _pytree as pytree
 
 from speedup.analysis import attribute, tensor_names
 from speedup.capture import Captured, batch_size, evaluating, with_batch
-from speedup.rules.call import raw_argument
 from speedup.errors import PlanError
 from speedup.numeric import perturbed, relative_difference
 from speedup.plan import Scaled, ShrinkPlan
+from speedup.rules.call import raw_argument
 
 aten = torch.ops.aten
 
@@ -265,7 +265,9 @@ def find_repairs(captured: Captured, plan: ShrinkPlan) -> tuple[Repair, ...]:
             olds = list(old) if isinstance(old, list | tuple) else [old]
             for new_entry, old_entry in zip(entries, olds, strict=False):
                 if isinstance(new_entry, Scaled) and new_entry.old % batch == new_entry.new % batch == 0:
-                    changes.setdefault(stack[-1], {}).setdefault(new_entry.old // batch, set()).add(new_entry.new // batch)
+                    changes.setdefault(stack[-1], {}).setdefault(new_entry.old // batch, set()).add(
+                        new_entry.new // batch
+                    )
                 elif isinstance(new_entry, int) and isinstance(old_entry, int) and new_entry != old_entry:
                     changes.setdefault(stack[-1], {}).setdefault(old_entry, set()).add(new_entry)
     repairs = []

@@ -7,9 +7,9 @@ labels: the user's model with every removed entry of every parameter set to zero
 
 import copy
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,11 @@ from graphprune.criteria import CRITERIA
 from graphprune.dependency import ChannelGroup, DependencyGraph, Member
 from graphprune.errors import ModelError
 from graphprune.select import select
-from speedup.literals import make_plan
 from speedup.plan import ShrinkPlan
+from speedup.planning import make_plan
+from speedup.proof import prove
 from speedup.rules import RULES, pointwise, rule_for
 from speedup.shrink import shrink_graph
-from speedup.verify import prove
 
 TOPICS = ("movement", "pointwise", "contraction", "norm", "meeting")
 BUGS = "/opt/gp/bugs/{}.py"
@@ -95,8 +95,24 @@ def parameters(cases: tuple[Case, ...]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", values)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Tiny tensors are faster in one thread, on a busy machine many times so."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def check(case: Case) -> None:
     """Compares the groups with those written out, compresses at 0.5, and compares the result with the oracle."""
+    with one_thread():
+        _check(case)
+
+
+def _check(case: Case) -> None:
     torch.manual_seed(0)
     model = case.build().eval()
     if not case.free:
@@ -157,7 +173,7 @@ def _locked(dependencies: DependencyGraph, group: ChannelGroup) -> str:
 def check_choices(dependencies: DependencyGraph) -> None:
     """Proves other choices of channels of the same net, too: what falls out by chance must fit as well."""
     analysis = dependencies.analysis
-    for seed, sparsity in ((1, 0.5), (2, 0.3), (3, 0.7)):
+    for seed, sparsity in ((1, 0.5), (2, 0.3)):
         live = select(dependencies, CRITERIA["random"](analysis, seed), sparsity).live
         plan = make_plan(analysis, live)
         prove(analysis, live, plan, shrink_graph(analysis.captured, plan))
@@ -201,3 +217,37 @@ def trace(case: Case) -> DependencyGraph:
         torch.manual_seed(0)
         _TRACED[case.name] = graphprune.trace(case.build().eval(), case.x)
     return _TRACED[case.name]
+
+
+UNTRIED: Mapping[str, str] = {}
+"""Entries of the tables that no case reaches, and why."""
+
+
+def test_every_entry_of_every_table_is_tried() -> None:
+    seen = set()
+    for topic in TOPICS:
+        for case in importlib.import_module(f"test_rules_{topic}").CASES:
+            try:
+                nodes = trace(case).analysis.captured.nodes
+            except Exception:
+                assert case.bug, case.name
+                continue
+            seen |= {node.target for node in nodes}
+    missing = {str(operator) for operator in RULES if operator not in seen}
+    assert missing == set(UNTRIED)
+
+
+def test_an_operator_without_a_rule_has_none() -> None:
+    assert rule_for(torch.ops.aten.fft_fft2.default) is None
+    assert rule_for(len) is None
+
+
+def test_what_pytorch_tags_as_pointwise_needs_no_entry() -> None:
+    for operator in (torch.ops.aten.tanh.default, torch.ops.aten.where.self, torch.ops.aten.atan2.default):
+        assert operator not in RULES
+        assert rule_for(operator) is pointwise.TAGGED
+
+
+def test_the_table_cannot_be_changed() -> None:
+    with pytest.raises(TypeError):
+        RULES[torch.ops.aten.tanh.default] = pointwise.TAGGED  # type: ignore[index]  # that is the point

@@ -186,6 +186,7 @@ CUTS = (
         lambda: Net(lambda n, x: parts(n, *n.a(x).split(3, 1)[1:]), a=conv(3, 8), **heads(3, 2)),
         image(),
         ("3: a.weight/0*3 a.bias/0*3", "3: a.weight/0*3 a.bias/0*3 o0.weight/1", "2: a.weight/0*2 a.bias/0*2 o1.weight/1"),
+        bug="module_returns_another_type",
     ),
     Case(
         "tensor_split",

@@ -32,7 +32,11 @@ def contract(flow: Flow, operands: Sequence[tuple[Labels, Sequence[str]]], out: 
         for letter, size in zip(names, labels.shape, strict=True):
             known[letter] = max(size, known.get(letter, 1))
     space = [known[letter] for letter in letters]
-    met = flow.meet([spread(labels, names, letters) for labels, names in operands], space, "is multiplied by a tensor whose size is fixed")
+    met = flow.meet(
+        [spread(labels, names, letters) for labels, names in operands],
+        space,
+        "is multiplied by a tensor whose size is fixed",
+    )
     return flow.reduce(met, range(len(out), len(letters)))
 
 
@@ -63,13 +67,13 @@ def product(flow: Flow, a: Labels, b: Labels) -> Labels:
 
 
 def addmm(flow: Flow, call: Call) -> Labels:
-    """y = c + a @ b."""
+    """Y = c + a @ b."""
     c, a, b = call.tensors()
     return flow.meet([c, product(flow, a, b)], call.shape)
 
 
 def einsum(flow: Flow, call: Call) -> Labels:
-    """y = einsum(equation, operands), without ellipsis or repeated letters; otherwise everything is pinned."""
+    """Y = einsum(equation, operands), without ellipsis or repeated letters; otherwise everything is pinned."""
     equation = str(call["equation"]).replace(" ", "")
     operands: list[Labels] = call["tensors"]
     inputs, arrow, out = equation.partition("->")
@@ -118,7 +122,9 @@ def _convolved(flow: Flow, call: Call, transposed: bool) -> Labels:
     if call.get("bias"):
         y = flow.meet([y, call["bias"]], y.shape)
     planes = [plane[(..., *(None,) * (rank - 2))] for plane in y.planes]
-    return Labels(call.shape, tuple((plane if len(call.shape) == rank else plane[0]).expand(call.shape) for plane in planes))
+    return Labels(
+        call.shape, tuple((plane if len(call.shape) == rank else plane[0]).expand(call.shape) for plane in planes)
+    )
 
 
 def _tie_joint(flow: Flow, joint: Plane, carried: Sequence[Plane]) -> None:
@@ -140,7 +146,7 @@ def _viewed(labels: Labels, shape: tuple[int, ...]) -> Labels:
 
 
 def attention(flow: Flow, call: Call) -> Labels:
-    """y = softmax(q k^T * scale + mask) v, over heads (batch), queries and keys (fixed) and the width of a head."""
+    """Y = softmax(q k^T * scale + mask) v, over heads (batch), queries and keys (fixed) and the width of a head."""
     q, k, v = call["query"], call["key"], call["value"]
     if call.get("enable_gqa"):
         k, v = (_repeated(labels, q.shape[-3]) for labels in (k, v))
@@ -150,7 +156,9 @@ def attention(flow: Flow, call: Call) -> Labels:
     if call.get("attn_mask"):
         scores = flow.meet([scores, call["attn_mask"]], scores.shape)
     scores = flow.freeze(scores, [rank - 2, rank - 1], "is a position in attention")
-    return flow.meet([contract(flow, [(scores, [*lead, "m", "n"]), (v, [*lead, "n", "o"])], [*lead, "m", "o"])], call.shape)
+    return flow.meet(
+        [contract(flow, [(scores, [*lead, "m", "n"]), (v, [*lead, "n", "o"])], [*lead, "m", "o"])], call.shape
+    )
 
 
 def _repeated(labels: Labels, heads: int) -> Labels:
@@ -169,7 +177,14 @@ RULES = {
     **dict.fromkeys((aten.addmm.default, aten.baddbmm.default), Rule("contraction", addmm)),
     aten.einsum.default: Rule("contraction", einsum),
     **dict.fromkeys(
-        (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
+        (
+            aten.conv1d.default,
+            aten.conv2d.default,
+            aten.conv3d.default,
+            aten.conv1d.padding,
+            aten.conv2d.padding,
+            aten.conv3d.padding,
+        ),
         Rule("convolution", convolution),
     ),
     **dict.fromkeys(

@@ -13,24 +13,22 @@ aten = torch.ops.aten
 
 
 def reshape(flow: Flow, call: Call) -> Labels:
-    """y = x in row-major order under another shape."""
+    """Y = x in row-major order under another shape."""
     return _like_other(flow, call, flow.reshape(call.tensors()[0], call.shape))
 
 
 def literal(flow: Flow, call: Call) -> Labels | list[Labels]:
-    """y = op(x) for an operator that reorders or drops whole dimensions: the planes go through the operator itself."""
+    """Y = op(x) for an operator that reorders or drops whole dimensions: the planes go through the operator itself."""
     x = call.tensors()[0]
     arguments = {name: value for name, value in call.values.items() if not isinstance(value, Labels)}
     moved = [call.node.target(plane, **arguments) for plane in x.planes]  # type: ignore[operator]  # an OpOverload
     if len(call.outputs) == 1 and not isinstance(call.node.meta["val"], list | tuple):
         return Labels(call.shape, tuple(moved))
-    return [
-        Labels(shape, tuple(parts[position] for parts in moved)) for position, shape in enumerate(call.outputs)
-    ]
+    return [Labels(shape, tuple(parts[position] for parts in moved)) for position, shape in enumerate(call.outputs)]
 
 
 def along(flow: Flow, call: Call) -> Labels:
-    """y = op(x) for an operator that acts along a few dimensions (roll, flip, slice, select by constant index)."""
+    """Y = op(x) for an operator that acts along a few dimensions (roll, flip, slice, select by constant index)."""
     x = call.tensors()[0]
     touched = set(call.dims(len(x.shape), "dims" if "dims" in call.values else "dim"))
     return Labels(call.shape, tuple(_executed(call, plane, touched) for plane in x.planes))
@@ -91,7 +89,7 @@ def _cut(flow: Flow, x: Labels, dim: int, start: int, shape: tuple[int, ...]) ->
 
 
 def cat(flow: Flow, call: Call) -> Labels:
-    """y = x_0, x_1, ... along ``dim``; across the other dimensions the operands are one."""
+    """Y = x_0, x_1, ... along ``dim``; across the other dimensions the operands are one."""
     operands = [operand for operand in call["tensors"] if operand.shape != (0,)]
     dim = call.dim(len(call.shape))
     others = [
@@ -136,7 +134,7 @@ def stack(flow: Flow, call: Call) -> Labels:
 
 
 def pad(flow: Flow, call: Call) -> Labels:
-    """y = x with constant borders: along a labelled dimension the border brings atoms of its own."""
+    """Y = x with constant borders: along a labelled dimension the border brings atoms of its own."""
     x: Labels = call["self"]
     amounts: list[int] = list(call["pad"])
     rank = len(x.shape)
@@ -169,15 +167,11 @@ def _bordered(flow: Flow, plane: Plane, dim: int, border: tuple[int, int]) -> Pl
 
 
 def expand(flow: Flow, call: Call) -> Labels:
-    """y = x repeated along dimensions of size 1: what is repeated can shrink, so it brings atoms of its own."""
+    """Y = x repeated along dimensions of size 1: what is repeated can shrink, so it brings atoms of its own."""
     x = call.tensors()[0]
     missing = len(call.shape) - len(x.shape)
     old = (1,) * missing + x.shape
-    grown = [
-        dim
-        for dim, size in enumerate(call.shape)
-        if size > 1 and old[dim] == 1 and dim not in call.batch_dims[0]
-    ]
+    grown = [dim for dim, size in enumerate(call.shape) if size > 1 and old[dim] == 1 and dim not in call.batch_dims[0]]
     planes = [plane[(None,) * missing].expand(call.shape) for plane in x.planes]
     return _like_other(flow, call, Labels(call.shape, (*planes, *(flow.mint(call.shape, [dim]) for dim in grown))))
 
@@ -188,7 +182,7 @@ def _like_other(flow: Flow, call: Call, labels: Labels) -> Labels:
 
 
 def repeat(flow: Flow, call: Call) -> Labels:
-    """y = x tiled: literal, and atoms of its own where a dimension of size 1 is repeated."""
+    """Y = x tiled: literal, and atoms of its own where a dimension of size 1 is repeated."""
     x = call["self"]
     missing = len(call.shape) - len(x.shape)
     old = (1,) * missing + x.shape
@@ -238,7 +232,7 @@ def embedding(flow: Flow, call: Call) -> Labels:
 
 
 def index(flow: Flow, call: Call) -> Labels:
-    """y = x[..., index, ...]: indexed dimensions are frozen, the others are carried.
+    """Y = x[..., index, ...]: indexed dimensions are frozen, the others are carried.
 
     A single one-dimensional constant index moves the planes literally.
     """
@@ -246,7 +240,12 @@ def index(flow: Flow, call: Call) -> Labels:
     indices: list[Any] = list(call["indices"])
     places = [dim for dim, value in enumerate(indices) if value is not None]
     values = call.constants.get("indices", {})
-    if len(places) == 1 and places[0] in values and values[places[0]].dim() == 1 and values[places[0]].dtype == torch.int64:
+    if (
+        len(places) == 1
+        and places[0] in values
+        and values[places[0]].dim() == 1
+        and values[places[0]].dtype == torch.int64
+    ):
         dim = places[0]
         _note_parts(flow, x, dim, values[dim] % x.shape[dim])
         planes = [
@@ -299,7 +298,7 @@ def pixel_unshuffle(flow: Flow, call: Call) -> Labels:
 
 
 def scalar_index(flow: Flow, call: Call) -> Labels:
-    """y = x[..., index, ...]: one index of a dimension is taken and the dimension is gone."""
+    """Y = x[..., index, ...]: one index of a dimension is taken and the dimension is gone."""
     x = call["self"]
     dim = call.dim(len(x.shape))
     place = int(call["index"]) % x.shape[dim]
@@ -314,11 +313,14 @@ def unbind(flow: Flow, call: Call) -> list[Labels]:
     dim = call.dim(len(x.shape))
     single = tuple(1 if d == dim else size for d, size in enumerate(x.shape))
     parts = [_cut(flow, x, dim, place, single) for place in range(x.shape[dim])]
-    return [Labels(shape, tuple(p.select(dim, 0) for p in part.planes)) for shape, part in zip(call.outputs, parts, strict=True)]
+    return [
+        Labels(shape, tuple(p.select(dim, 0) for p in part.planes))
+        for shape, part in zip(call.outputs, parts, strict=True)
+    ]
 
 
 def sliced(flow: Flow, call: Call) -> Labels:
-    """y = x[..., start:end:step, ...]."""
+    """Y = x[..., start:end:step, ...]."""
     x = call["self"]
     dim = call.dim(len(x.shape))
     if call["step"] != 1:
@@ -330,7 +332,7 @@ def sliced(flow: Flow, call: Call) -> Labels:
 
 
 def squeeze(flow: Flow, call: Call) -> Labels:
-    """y = x without dimensions of size 1."""
+    """Y = x without dimensions of size 1."""
     x = call["self"]
     return Labels(call.shape, tuple(core_shape(plane, call.shape) for plane in x.planes))
 

@@ -23,7 +23,7 @@ def instance_norm(flow: Flow, call: Call) -> Labels:
 
 
 def layer_norm(flow: Flow, call: Call) -> Labels:
-    """y = (x - mean) / sqrt(var + eps) * weight + bias, statistics over the last dimensions."""
+    """Y = (x - mean) / sqrt(var + eps) * weight + bias, statistics over the last dimensions."""
     return flow.meet(call.tensors(), call.shape)
 
 

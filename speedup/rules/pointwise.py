@@ -30,13 +30,11 @@ def prelu(flow: Flow, call: Call) -> Labels:
 
 
 def glu(flow: Flow, call: Call) -> Labels:
-    """y = a * sigmoid(b) for the two halves a, b of x along ``dim``."""
+    """Y = a * sigmoid(b) for the two halves a, b of x along ``dim``."""
     x = call["self"]
     dim = call.dim(len(x.shape))
     half = x.shape[dim] // 2
-    halves = [
-        Labels(call.shape, tuple(plane.narrow(dim, start, half) for plane in x.planes)) for start in (0, half)
-    ]
+    halves = [Labels(call.shape, tuple(plane.narrow(dim, start, half) for plane in x.planes)) for start in (0, half)]
     return flow.meet(halves, call.shape)
 
 

@@ -19,7 +19,7 @@ def _only(flow: Flow, call: Call) -> Labels:
 
 
 def reduced(flow: Flow, call: Call) -> Outcome:
-    """y = sum (or mean, or norm) of x over ``dim``: channels may go, the masked reference counts those that are left."""
+    """Y = sum (or mean, or norm) of x over ``dim``: channels may go, the masked reference counts those that are left."""
     order = next((call[name] for name in ("ord", "p") if name in call.values), None)
     if isinstance(order, int | float) and order < 0:
         return chosen(flow, call)  # the smallest magnitude, or close to it: a removed zero would win
@@ -29,7 +29,7 @@ def reduced(flow: Flow, call: Call) -> Outcome:
 
 
 def chosen(flow: Flow, call: Call) -> Outcome:
-    """y = max (or argmax, median, ...) of x over ``dim``, which must stay whole."""
+    """Y = max (or argmax, median, ...) of x over ``dim``, which must stay whole."""
     x = _only(flow, call)
     dims = call.dims(len(x.shape))
     frozen = flow.freeze(x, dims, f"goes through {call.node.target} over its channels")
@@ -38,7 +38,7 @@ def chosen(flow: Flow, call: Call) -> Outcome:
 
 
 def whole(flow: Flow, call: Call) -> Outcome:
-    """y = op(x) along ``dim``, which must stay whole (softmax, cumsum, sort, ...)."""
+    """Y = op(x) along ``dim``, which must stay whole (softmax, cumsum, sort, ...)."""
     x = _only(flow, call)
     frozen = flow.freeze(x, call.dims(len(x.shape)), f"goes through {call.node.target} over its channels")
     planes = tuple(narrowed(plane) for plane in frozen.planes)

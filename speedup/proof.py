@@ -11,18 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from speedup.analysis import Analysis, attribute, tensor_names
+from speedup.analysis import Analysis, analyse, attribute, tensor_names
 from speedup.atoms import Labels, Mask
-from speedup.capture import batch_size, evaluating
+from speedup.capture import ExampleInputs, batch_size, capture, evaluating
 from speedup.errors import ProofError
-from speedup.rules.call import raw_argument
 from speedup.numeric import perturbed, relative_difference
 from speedup.plan import ShrinkPlan
+from speedup.planning import live_from_keep
 from speedup.rules import rule_for
-from speedup.shrink import ShrunkGraph
+from speedup.rules.call import raw_argument
+from speedup.shrink import ShrunkGraph, shrink_graph
 
 aten = torch.ops.aten
 TOLERANCE = 1e-9
@@ -47,9 +48,7 @@ class Proof:
     batch: int
 
 
-def prove(
-    analysis: Analysis, live: Mask, plan: ShrinkPlan, shrunk: ShrunkGraph, *, seed: int = 0
-) -> Proof:
+def prove(analysis: Analysis, live: Mask, plan: ShrinkPlan, shrunk: ShrunkGraph, *, seed: int = 0) -> Proof:
     """Proves that ``shrunk`` equals the captured model with everything but ``live`` masked.
 
     Args:
@@ -72,10 +71,25 @@ def prove(
         torch.set_default_dtype(default)
 
 
+def verify(model: nn.Module, plan: ShrinkPlan, example_inputs: ExampleInputs, *, seed: int = 0) -> Proof:
+    """Proves that what ``plan`` makes of ``model`` equals ``model`` with everything else masked.
+
+    Args:
+        model: The dense model; it is left as it was.
+        plan: What is kept of it.
+        example_inputs: A tensor, a tuple of positional inputs or a mapping of keyword inputs.
+        seed: Of the perturbation of parameters and inputs.
+
+    Raises:
+        ProofError: They differ; the message names the first node at which they do.
+        PlanError: The plan does not fit the model.
+    """
+    analysis = analyse(capture(model, example_inputs))
+    return prove(analysis, live_from_keep(analysis, plan), plan, shrink_graph(analysis.captured, plan), seed=seed)
+
+
 class _Lockstep:
-    def __init__(
-        self, analysis: Analysis, live: Mask, plan: ShrinkPlan, shrunk: ShrunkGraph, seed: int
-    ) -> None:
+    def __init__(self, analysis: Analysis, live: Mask, plan: ShrinkPlan, shrunk: ShrunkGraph, seed: int) -> None:
         self.analysis, self.live, self.plan, self.shrunk = analysis, live, plan, shrunk
         self.names = tensor_names(analysis.captured.graph_module)
         generator = torch.Generator().manual_seed(seed)
@@ -264,7 +278,9 @@ def _last_uses(graph: fx.Graph) -> dict[str, list[str]]:
 
 def _source(node: fx.Node) -> str:
     """Where in the user's code a node comes from, as " at file:line"."""
-    trace = [line.strip() for line in str(node.meta.get("stack_trace", "")).splitlines() if line.strip().startswith("File")]
+    trace = [
+        line.strip() for line in str(node.meta.get("stack_trace", "")).splitlines() if line.strip().startswith("File")
+    ]
     if not trace:
         return ""
     file, _, rest = trace[-1].removeprefix('File "').partition('", line ')
@@ -316,7 +332,9 @@ def _arguments(node: fx.Node, values: Mapping[str, Any], name: str) -> tuple[Any
 def _masked_moments(node: fx.Node, values: Mapping[str, Any], mask: Tensor) -> Any:
     """Mean, variance or standard deviation over what is left."""
     x, dim = _arguments(node, values, "dim") if _has(node, "dim") else (*_arguments(node, values, "self")[:1], None)
-    dims = tuple(range(x.dim())) if dim is None or dim == [] else tuple(dim) if isinstance(dim, list | tuple) else (dim,)
+    dims = (
+        tuple(range(x.dim())) if dim is None or dim == [] else tuple(dim) if isinstance(dim, list | tuple) else (dim,)
+    )
     keepdim = bool(raw_argument(node, "keepdim")) if _has(node, "keepdim") else False
     count = mask.sum(dims, keepdim=True)
     mean = (x * mask).sum(dims, keepdim=True) / count.clamp(min=1)

@@ -1,0 +1,249 @@
+"""Atoms that live or die as one, and the blocks and sequences that what is left of them must respect."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+from speedup.atoms import Block, Flow, Index, Labels, Mask, Pin, Plane, core, narrowed, support
+from speedup.errors import PlanError
+
+
+@dataclass(frozen=True)
+class Weave:
+    """Classes that were merged row by turn, as a channel shuffle does.
+
+    What is left of the rows is merged in turn as well, so the survivors must take turns in the old order, too:
+    then the order of channels after the shuffle is that of the dense model, and every later slice still fits.
+
+    Attributes:
+        node: Name of the graph node that split them.
+        turns: Classes in merged order, shape (turns, rows).
+    """
+
+    node: str
+    turns: Index
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The atoms of a graph, sorted into classes that live or die as one.
+
+    Attributes:
+        of: Class of each atom, shape (atoms,).
+        count: Number of classes.
+        pin_of: For each class the index into ``pins`` of the first reason that fixes it, or -1; shape (count,).
+        pins: The reasons.
+        blocks: The rectangular blocks, their labels now classes, equal rows once.
+        weaves: The sequences in which the rows of a block take turns.
+        parts: Classes of which at least one must live, because they are a tensor of their own.
+    """
+
+    of: Index
+    count: int
+    pin_of: Index
+    pins: tuple[Pin, ...]
+    blocks: tuple[Block, ...]
+    weaves: tuple[Weave, ...]
+    parts: tuple[Index, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_of", torch.from_numpy(self.of))
+
+    def plane(self, plane: Plane, dims: Sequence[int] | None = None) -> Index:
+        """The classes of a plane over ``dims`` (its support by default)."""
+        return self.of[core(plane, dims).numpy()]
+
+    def live_mask(self, labels: Labels, live: Mask) -> Tensor | None:
+        """Which elements of a tensor live: a boolean tensor that broadcasts to its shape; None where all do."""
+        mask: Tensor | None = None
+        alive = torch.from_numpy(live)
+        for plane in labels.planes:
+            part = alive[self.of_tensor[narrowed(plane)]]
+            if not bool(part.all()):
+                mask = part if mask is None else mask & part
+        return mask
+
+    @property
+    def of_tensor(self) -> Tensor:
+        """:attr:`of` as a tensor that shares its memory."""
+        tensor: Tensor = self._of  # type: ignore[attr-defined]  # set in __post_init__
+        return tensor
+
+    def with_slabs(self, live: Mask) -> Mask:
+        """Returns ``live``, shape (classes,), where a slab lives only if something of its row does."""
+        live = live.copy()
+        for block in self.blocks:
+            if block.slabs is not None:
+                live[block.slabs] &= live[block.members].any(axis=1)
+        return live
+
+    def nesting(self, labels: Labels, mask: Tensor) -> list[int]:
+        """The dimensions along which ``mask`` varies, outer ones first.
+
+        That is their order in the tensor, unless rows with different positions left were transposed: then the
+        dimension that counts the rows of the block is the outer one.
+        """
+        dims = [dim for dim, size in enumerate(mask.shape) if size > 1]
+        for plane in labels.planes:
+            joint = [dim for dim in support(plane) if dim in dims]
+            rows = self._row_dims(plane) if len(joint) > 1 and not _is_product(mask, joint) else None
+            if rows is not None:
+                inner = [dim for dim in joint if dim not in rows]
+                places = [dims.index(dim) for dim in joint]
+                for place, dim in zip(places, [*rows, *inner], strict=True):
+                    dims[place] = dim
+        return dims
+
+    def _row_dims(self, plane: Plane) -> list[int] | None:
+        """The dimensions of ``plane`` that count the rows of a block with the same members; None without one."""
+        dims = support(plane)
+        labels = self.plane(plane)
+        for block in self.blocks:
+            if block.members.size != labels.size:
+                continue
+            for count in range(1, len(dims)):
+                for rows in itertools.combinations(range(len(dims)), count):
+                    inner = [i for i in range(len(dims)) if i not in rows]
+                    table = labels.transpose(*rows, *inner).reshape(-1, int(np.prod([labels.shape[i] for i in inner])))
+                    if table.shape == block.members.shape and (table == block.members).all():
+                        return [dims[i] for i in rows]
+        return None
+
+    def live_shape(self, labels: Labels, live: Mask, node: str) -> tuple[int, ...]:
+        """The shape of a tensor when only ``live`` classes are left.
+
+        Raises:
+            PlanError: What is left is no rectangle.
+        """
+        mask = self.live_mask(labels, live)
+        if mask is None:
+            return labels.shape
+        dims = self.nesting(labels, mask)
+        rest = [dim for dim in range(mask.dim()) if dim not in dims]
+        counts = mask.permute(*dims, *rest).reshape([mask.shape[dim] for dim in dims]).long()
+        shape = list(labels.shape)
+        for dim in reversed(dims):
+            kept = counts.sum(-1)
+            sizes = kept[kept > 0].unique()
+            if len(sizes) != 1:
+                raise PlanError(
+                    f"{node}: its rows would keep {sizes.tolist()} of {mask.shape[dim]} elements each. "
+                    "Keep the same number in every row."
+                )
+            shape[dim], counts = int(sizes), (kept > 0).long()
+        return tuple(shape)
+
+
+def _is_product(mask: Tensor, dims: Sequence[int]) -> bool:
+    """Whether what lives along ``dims`` is the same along each of them wherever it lives along the others."""
+    product = torch.ones_like(mask)
+    for dim in dims:
+        product = product & _any(mask, [other for other in dims if other != dim])
+    return bool((product == mask).all())
+
+
+def _any(mask: Tensor, dims: Sequence[int]) -> Tensor:
+    for dim in dims:
+        mask = mask.any(dim=dim, keepdim=True)
+    return mask
+
+
+def solve(flow: Flow) -> Classes:
+    """Returns the classes of a recorded flow.
+
+    Where a later merge interleaves the rows of a block (a channel shuffle), the order of what is left must not change:
+    what stays must take turns as all of it did (a :class:`Weave`). Where the pattern is not that simple, the rows must
+    keep the same positions: they are united, and the classes are found again.
+    """
+    pairs = list(flow.pairs)
+    while True:
+        of, count = _components(flow.size, pairs)
+        weaves: dict[bytes, Weave] = {}
+        ties = []
+        for block in flow.blocks:
+            known: list[Weave] = []
+            for sequence, order in _woven(block, flow.merges, of) if block.kind == "reshape" else ():
+                if any(_follows(sequence, weave) for weave in known):
+                    continue
+                weave = _weave(block, sequence, order)
+                if weave is None:
+                    first = np.broadcast_to(block.members[0], block.members.shape)
+                    ties.append((block.members.reshape(-1), first.reshape(-1)))
+                    break
+                known.append(weave)
+            weaves |= {weave.turns.tobytes(): weave for weave in known}
+        if not ties:
+            break
+        pairs += ties
+    pin_of = np.full(count, -1, dtype=np.int64)
+    for position in range(len(flow.pins) - 1, -1, -1):
+        pin_of[of[flow.pins[position][1]]] = position
+    blocks = {}
+    for block in flow.blocks:
+        rows = of[block.members]
+        slabs = None if block.slabs is None else of[block.slabs]
+        table = rows if slabs is None else np.concatenate([slabs[:, None], rows], axis=1)
+        _, first = np.unique(table, axis=0, return_index=True)
+        first.sort()
+        slabs = None if slabs is None else slabs[first]
+        key = (block.kind, rows[first].tobytes(), rows.shape, None if slabs is None else slabs.tobytes())
+        blocks.setdefault(key, replace(block, members=rows[first], slabs=slabs))
+    pins = tuple(pin for pin, _ in flow.pins)
+    parts = {part.tobytes(): part for part in (np.unique(of[part]) for part in flow.parts)}
+    return Classes(of, count, pin_of, pins, tuple(blocks.values()), tuple(weaves.values()), tuple(parts.values()))
+
+
+def _components(size: int, pairs: Sequence[tuple[Index, Index]]) -> tuple[Index, int]:
+    """Returns for each atom its class, numbered by first atom, and the number of classes."""
+    if pairs:
+        rows = np.concatenate([first for first, _ in pairs])
+        columns = np.concatenate([second for _, second in pairs])
+    else:
+        rows = columns = np.empty(0, dtype=np.int64)
+    links = coo_array((np.ones(len(rows), dtype=np.int8), (rows, columns)), shape=(size, size))
+    count, of = connected_components(links, directed=False)
+    return of.astype(np.int64), int(count)
+
+
+def _woven(block: Block, merges: Sequence[Index], of: Index) -> Iterator[tuple[Index, Index]]:
+    """Yields the merges that interleave the rows of ``block``: classes in merged order, and the row of each."""
+    rows = of[block.members]
+    rows = rows[np.sort(np.unique(rows, axis=0, return_index=True)[1])]
+    if len(rows) == 1:
+        return
+    low, high = rows.min(), rows.max()
+    row_of = np.full(high - low + 1, -1, dtype=np.int64)
+    row_of[rows - low] = np.arange(len(rows))[:, None]
+    for merge in merges:
+        sequence = of[merge]
+        if sequence.min() > high or sequence.max() < low:
+            continue
+        sequence = sequence[(sequence >= low) & (sequence <= high)]
+        order = row_of[sequence - low]
+        sequence, order = sequence[order >= 0], order[order >= 0]
+        once = np.sort(np.unique(sequence, return_index=True)[1])  # copies (a batch, repeated keys) follow the first
+        sequence, order = sequence[once], order[once]
+        if np.count_nonzero(np.diff(order)) >= len(np.unique(order)) and len(order):
+            yield sequence, order
+
+
+def _follows(sequence: Index, weave: Weave) -> bool:
+    """Whether ``sequence`` is a part of ``weave`` in its order, so that nothing new is asked."""
+    order = weave.turns.reshape(-1)
+    places = np.searchsorted(order, sequence, sorter=np.argsort(order))
+    ranks = np.argsort(order)[np.minimum(places, len(order) - 1)]
+    return bool((order[ranks] == sequence).all() and (np.diff(ranks) > 0).all())
+
+
+def _weave(block: Block, sequence: Index, order: Index) -> Weave | None:
+    """The weave of a merge that takes one member of every row in turn, each once; None for any other pattern."""
+    rows = int(order.max()) + 1
+    if len(order) % rows or (order.reshape(-1, rows) != order[:rows]).any() or len(set(order[:rows].tolist())) < rows:
+        return None
+    return Weave(block.node, sequence.reshape(-1, rows))
