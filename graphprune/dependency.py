@@ -1,5 +1,6 @@
 """Channel groups: what goes together or not at all, as a table and as a ``networkx`` graph of axes and ties."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,9 @@ from speedup.atoms import Block, Index, Labels, Mask, support
 from speedup.capture import ExampleInputs, capture
 from speedup.classes import Classes
 from speedup.rules import rule_for
+
+_KINDS = {operator.getitem: "slice"}
+"""Ties of nodes that are no operators."""
 
 _GROUPED = ("convolution", "group norm")
 """Kinds of blocks whose rows go whole only where that is the finer choice; the rows of other slabs (heads) always may."""
@@ -142,9 +146,9 @@ def find_groups(analysis: Analysis) -> DependencyGraph:
     signature = _signatures(classes, axes)
     pinned = classes.pin_of >= 0
     blocks = [block for block in classes.blocks if len(block.members) > 1 and not pinned[block.members].all()]
-    unit_of, counted = _units(classes.count, blocks)
-    follows = _followers(classes.count, signature, counted)
-    group_of = np.where(follows, -1, _group_of(signature, pinned, blocks))
+    unit_of, counted = _units(signature, blocks)
+    counting = _counting_slabs(classes.count, counted)
+    group_of = np.where(counting & (signature == 0), -1, _group_of(signature, pinned, counting, blocks))
     members = _members(analysis, axes, group_of)
     parts = _positions(group_of)
     carriers: dict[str, list[_Axis]] = {}
@@ -187,9 +191,9 @@ def _signatures(classes: Classes, axes: Sequence[_Axis]) -> NDArray[np.uint64]:
     return signature
 
 
-def _group_of(signature: NDArray[np.uint64], pinned: Mask, blocks: Sequence[Block]) -> Index:
+def _group_of(signature: NDArray[np.uint64], pinned: Mask, counting: Mask, blocks: Sequence[Block]) -> Index:
     """The group of each class: classes of one signature, and what a block ties together; -1 for bare labels."""
-    mixed = np.where(pinned, signature ^ np.uint64(0x9E3779B97F4A7C15), signature)
+    mixed = np.where(pinned | counting, signature ^ np.uint64(0x9E3779B97F4A7C15), signature)
     _, cell = np.unique(mixed, return_inverse=True)
     cell = cell.astype(np.int64)
     bare = signature == 0
@@ -199,7 +203,7 @@ def _group_of(signature: NDArray[np.uint64], pinned: Mask, blocks: Sequence[Bloc
         touched = block.members.reshape(-1)
         if block.slabs is not None:
             touched = np.concatenate([touched, block.slabs])
-        touched = np.unique(cell[touched[~pinned[touched]]])
+        touched = np.unique(cell[touched[~pinned[touched] & ~counting[touched]]])
         rows.append(np.full(len(touched), touched[0] if len(touched) else 0))
         columns.append(touched)
     count = int(cell.max(initial=0)) + 1
@@ -214,11 +218,12 @@ def _group_of(signature: NDArray[np.uint64], pinned: Mask, blocks: Sequence[Bloc
     return np.where(carried[group], group, -1)
 
 
-def _units(count: int, blocks: Sequence[Block]) -> tuple[Index, list[Block]]:
+def _units(signature: NDArray[np.uint64], blocks: Sequence[Block]) -> tuple[Index, list[Block]]:
     """Returns the unit of each class, and the blocks whose rows do not go whole but must keep equal numbers.
 
     Rows go whole together with their slabs, which blocks may share (the heads of queries, keys and values). Where two
-    partitions cross (heads, and a scale shared by all heads) the first to come wins: bare slabs, then few rows.
+    partitions cross (heads, and a scale shared by all heads) the first to come wins: slabs that no parameter carries,
+    then few rows.
     """
     leaders: dict[int, int] = {}
     sharing: dict[int, list[Block]] = {}
@@ -228,41 +233,44 @@ def _units(count: int, blocks: Sequence[Block]) -> tuple[Index, list[Block]]:
             leader = next((leaders[slab] for slab in slabs if slab in leaders), position)
             leaders |= dict.fromkeys(slabs, leader)
             sharing.setdefault(leader, []).append(block)
-    unit = np.arange(count)
+
+    def precedence(family: list[Block]) -> tuple[bool, bool, int]:
+        carried = any(block.slabs is not None and signature[block.slabs].any() for block in family)
+        return any(block.kind in _GROUPED for block in family), carried, len(family[0].members)
+
+    alone = np.arange(len(signature))
+    unit = alone
     counted = [block for block in blocks if block.slabs is None]
-    for family in sorted(
-        sharing.values(), key=lambda family: (any(b.kind in _GROUPED for b in family), len(family[0].members))
-    ):
+    for family in sorted(sharing.values(), key=precedence):
         grouped = any(block.kind in _GROUPED for block in family)
         coarse = grouped and any(block.members.shape[0] < block.members.shape[1] for block in family)
-        united = None if coarse else _united(unit, family)
-        if united is None:
+        united = _united(unit, family)
+        slabs = np.unique(np.concatenate([block.slabs for block in family if block.slabs is not None]))
+        if coarse or len(np.unique(united[slabs])) < len(np.unique(_united(alone, family)[slabs])):
             counted += family
         else:
             unit = united
     return unit, counted
 
 
-def _united(unit: Index, family: Sequence[Block]) -> Index | None:
-    """The units after the rows of ``family`` go whole; None where they would run into each other."""
-    rows = np.concatenate(
-        [np.repeat(block.slabs, block.members.shape[1]) for block in family if block.slabs is not None]
-    )
-    columns = np.concatenate([block.members.reshape(-1) for block in family])
-    links = coo_array((np.ones(len(rows)), (unit[rows], unit[columns])), shape=(len(unit), len(unit)))
+def _united(unit: Index, family: Sequence[Block]) -> Index:
+    """The units after every row of ``family`` and its slab have become one."""
+    rows = [np.repeat(block.slabs, block.members.shape[1]) for block in family if block.slabs is not None]
+    columns = [block.members.reshape(-1) for block in family]
+    ends = (unit[np.concatenate(rows)], unit[np.concatenate(columns)])
+    links = coo_array((np.ones(len(ends[0])), ends), shape=(len(unit), len(unit)))
     _, merged = connected_components(links, directed=False)
     result: Index = merged.astype(np.int64)[unit]
-    slabs = np.unique(np.concatenate([block.slabs for block in family if block.slabs is not None]))
-    return result if len(np.unique(result[slabs])) == len(np.unique(unit[slabs])) or len(slabs) == 1 else None
+    return result
 
 
-def _followers(count: int, signature: NDArray[np.uint64], counted: Sequence[Block]) -> Mask:
-    """The classes that no parameter carries and that only count the rows of a block: they live as long as their rows."""
-    follows = np.zeros(count, dtype=np.bool_)
+def _counting_slabs(count: int, counted: Sequence[Block]) -> Mask:
+    """The classes that count the rows of a block whose rows all stay."""
+    slabs = np.zeros(count, dtype=np.bool_)
     for block in counted:
         if block.slabs is not None:
-            follows[block.slabs] = signature[block.slabs] == 0
-    return follows
+            slabs[block.slabs] = True
+    return slabs
 
 
 def _positions(group_of: Index) -> dict[int, Index]:
@@ -340,7 +348,7 @@ def _count_table(block: Block, local: Index, units: int) -> Index | None:
 def _pin_reason(classes: Classes, inside: Index) -> str:
     position = classes.pin_of[inside].max()
     if position < 0:
-        return "shares a block with channels that are fixed"
+        return "counts rows that must all stay"
     pin = classes.pins[position]
     return f"{pin.reason} ({pin.node})"
 
@@ -363,7 +371,7 @@ def _axis_graph(dependencies: DependencyGraph) -> nx.MultiGraph:
     for node in analysis.captured.nodes:
         labels = analysis.labels.get(node.name)
         rule = rule_for(node.target)
-        kind = "tied" if node.op == "get_attr" else rule.kind if rule else "unknown"
+        kind = "tied" if node.op == "get_attr" else rule.kind if rule else _KINDS.get(node.target, "unknown")
         name = analysis.aliases.get(str(node.target), node.name) if node.op == "get_attr" else node.name
         touched: dict[int, list[tuple[str, int, int]]] = {}
         outputs = labels if isinstance(labels, list) else [labels]

@@ -45,6 +45,12 @@ class Analysis:
     classes: Classes
     unknown: tuple[fx.Node, ...]
 
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Parameters that the captured forward does not use: heads for training only, spare layers."""
+        used = {id(attribute(self.captured.graph_module, name)) for name in self.parameters}
+        return tuple(name for name, tensor in self.captured.model.named_parameters() if id(tensor) not in used)
+
     def pinned_by(self, planes: tuple[Plane, ...]) -> Pin | None:
         """The first reason that fixes an atom of ``planes``."""
         for plane in planes:
@@ -128,7 +134,7 @@ def _run(flow: Flow, call: Call, rule: Rule | None) -> Labels | list[Labels]:
         flow.kind = rule.kind
         outcome = rule.flow(flow, call)
         if several and isinstance(outcome, Labels):
-            return [outcome]
+            return [outcome if shape == outcome.shape else Labels(shape) for shape in call.outputs]
         return outcome
     for tensor in call.tensors():
         flow.pin_all(tensor, f"goes into {call.node.target}, an operator without a rule")

@@ -212,6 +212,10 @@ class Flow:
                 elif support(wide):
                     fresh.append(_Met(support(wide), wide, {position}))
             met += fresh
+        for entry in met:
+            brought = set().union(*(other.operands for other in met if other.dims == entry.dims))
+            if entry.operands != brought:  # some operand has fewer labels there than another
+                self.pin(entry.plane, "is one of several labels that meet a tensor with fewer")
         for first, second in itertools.combinations(met, 2):
             self._overlap(first, second, shape)
         return Labels(shape, tuple(entry.plane for entry in met if not entry.implied))

@@ -135,7 +135,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Captured:
         CaptureError: The model raises on the example, or cannot be captured whole.
     """
     name = type(model).__name__
-    args, kwargs = split_inputs(example_inputs)
+    args, kwargs = pytree.tree_map(_own, split_inputs(example_inputs))
     with evaluating(model):
         try:
             with torch.no_grad():
@@ -176,6 +176,11 @@ def captured_from(program: ExportedProgram, model: nn.Module | None = None) -> C
     graph_module.recompile()
     args, kwargs = program.example_inputs
     return Captured(graph_module if model is None else model, graph_module, args, kwargs, program)
+
+
+def _own(leaf: Any) -> Any:
+    """A copy of a tensor: export takes one tensor that is given twice for one input."""
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _attempts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], bool]]:

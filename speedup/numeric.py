@@ -19,8 +19,8 @@ def perturbed(value: Any, generator: torch.Generator) -> Any:
     return exact + (0.1 * size * noise if exact.dim() < 2 else 0.2 * size * (noise - 0.5))
 
 
-def relative_difference(expected: Tensor, found: Tensor) -> float:
-    """Returns max |expected - found| / max |expected|; not-a-numbers and infinities must stand in the same places."""
+def relative_difference(expected: Tensor, found: Tensor, floor: float = 0.0) -> float:
+    """Returns max |expected - found| / max(max |expected|, floor); not-a-numbers and infinities must stand in the same places."""
     if not expected.numel():
         return 0.0
     finite = torch.isfinite(expected)
@@ -29,6 +29,6 @@ def relative_difference(expected: Tensor, found: Tensor) -> float:
     expected, found = expected[finite], found[finite]
     if not expected.numel():
         return 0.0
-    scale = float(expected.abs().max())
+    scale = max(float(expected.abs().max()), floor)
     gap = float((expected - found).abs().max())
     return gap / scale if scale else gap

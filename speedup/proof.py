@@ -95,6 +95,7 @@ class _Lockstep:
         generator = torch.Generator().manual_seed(seed)
         graph_module = analysis.captured.graph_module
         self.perturbed = {name: perturbed(attribute(graph_module, name), generator) for name in analysis.parameters}
+        self.sizes: dict[str, float] = {}  # largest magnitude of each node's value
         self.inputs = [perturbed(leaf, generator) for leaf in analysis.captured.flat_inputs()]
 
     def proof(self) -> Proof:
@@ -208,7 +209,10 @@ class _Lockstep:
         if not expected.is_floating_point():
             far = 0.0 if torch.equal(expected, small) else float("inf")
         else:
-            far = relative_difference(expected, small)
+            floor = 1e-4 * max((self.sizes.get(source.name, 0.0) for source in node.all_input_nodes), default=0.0)
+            far = relative_difference(expected, small, floor)
+            finite = expected[expected.isfinite()]
+            self.sizes[node.name] = float(finite.abs().max()) if finite.numel() else 0.0
         if not far <= TOLERANCE:
             raise ProofError(
                 f"{node.name}: the shrunk graph differs from the masked original by {far:.3g} relative "

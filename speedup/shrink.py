@@ -325,7 +325,7 @@ def _same(expected: Any, found: Any) -> bool:
     """Whether two outputs are one up to rounding."""
     if not isinstance(expected, Tensor) or not expected.is_floating_point():
         return not isinstance(expected, Tensor) or torch.equal(expected, found)
-    if expected.shape != found.shape:
+    if not isinstance(found, Tensor) or expected.shape != found.shape:
         return False
     return relative_difference(expected.double(), found.double()) <= 100 * torch.finfo(expected.dtype).eps
 

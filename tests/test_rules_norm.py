@@ -131,8 +131,16 @@ def every_planar_pool(x: Tensor) -> Tensor:
     y = y + F.max_pool2d(x, 3, 1, 1, return_indices=True)[0] + F.interpolate(x, size) + F.interpolate(x, size, mode="nearest-exact")
     y = y + F.interpolate(x, size, mode="bilinear") + F.interpolate(x, size, mode="bicubic")
     y = y + F.interpolate(x, size, mode="bilinear", antialias=True) + F.interpolate(x, size, mode="bicubic", antialias=True)
-    y = y + F.pad(x, (1, 1, 1, 1), mode="reflect")[..., 1:-1, 1:-1] + F.pad(x, (1, 1, 1, 1), mode="replicate")[..., 1:-1, 1:-1]
+    y = y + aten.upsample_nearest2d.default(x, size) + aten._upsample_nearest_exact2d.default(x, size)
+    y = y + aten.upsample_bilinear2d.default(x, size, False) + aten.upsample_bicubic2d.default(x, size, False)
+    y = y + aten._upsample_bilinear2d_aa.default(x, size, False) + aten._upsample_bicubic2d_aa.default(x, size, False)
+    y = y + aten.reflection_pad2d.default(x, [1] * 4)[..., 1:-1, 1:-1] + aten.replication_pad2d.default(x, [1] * 4)[..., 1:-1, 1:-1]
     return y + x.tril() + x.triu()
+
+
+def sampled(net: Net, x: Tensor) -> Tensor:
+    y = net.a(x)
+    return net.o(aten.grid_sampler_2d.default(y, x.permute(0, 2, 3, 1)[..., :2].tanh(), 0, 0, False))
 
 
 def every_linear_pool(x: Tensor) -> Tensor:
@@ -140,7 +148,8 @@ def every_linear_pool(x: Tensor) -> Tensor:
     size = flat.shape[2:]
     y = F.max_pool1d(flat, 3, 1, 1) + F.avg_pool1d(flat, 3, 1, 1) + F.adaptive_avg_pool1d(flat, 36) + F.adaptive_max_pool1d(flat, 36)
     y = y + F.interpolate(flat, size) + F.interpolate(flat, size, mode="linear")
-    y = y + F.pad(flat, (1, 1), mode="reflect")[..., 1:-1] + F.pad(flat, (1, 1), mode="replicate")[..., 1:-1]
+    y = y + aten.upsample_nearest1d.default(flat, size) + aten.upsample_linear1d.default(flat, size, False)
+    y = y + aten.reflection_pad1d.default(flat, [1, 1])[..., 1:-1] + aten.replication_pad1d.default(flat, [1, 1])[..., 1:-1]
     return y.view(x.shape)
 
 
@@ -149,12 +158,15 @@ def every_volume_pool(x: Tensor) -> Tensor:
     size = deep.shape[2:]
     y = F.max_pool3d(deep, (1, 3, 3), 1, (0, 1, 1)) + F.avg_pool3d(deep, (1, 3, 3), 1, (0, 1, 1)) + F.adaptive_avg_pool3d(deep, size) + F.adaptive_max_pool3d(deep, size)
     y = y + F.interpolate(deep, size) + F.interpolate(deep, size, mode="trilinear")
-    y = y + F.pad(deep, (1,) * 6, mode="reflect")[..., 1:-1, 1:-1, 1:-1] + F.pad(deep, (1,) * 6, mode="replicate")[..., 1:-1, 1:-1, 1:-1]
+    y = y + aten.upsample_nearest3d.default(deep, size) + aten.upsample_trilinear3d.default(deep, size, False)
+    y = y + aten.reflection_pad3d.default(deep, [1] * 6)[..., 1:-1, 1:-1, 1:-1]
+    y = y + aten.replication_pad3d.default(deep, [1] * 6)[..., 1:-1, 1:-1, 1:-1]
     return y.flatten(2, 3)
 
 
 def every_content(x: Tensor) -> Tensor:
-    y = torch.arange(6.0) + torch.linspace(0, 1, 6) + torch.eye(6) + torch.scalar_tensor(2.0)
+    y = torch.arange(6.0) + torch.arange(1, 7) + torch.arange(1, 13, 2) + torch.linspace(0, 1, 6) + torch.scalar_tensor(2.0)
+    y = y + torch.eye(6) + torch.eye(6, 6)
     lower, upper = torch.tril_indices(6, 6)[:, :6].float(), torch.triu_indices(6, 6)[:, :6].float()
     return x + y + lower[0] + upper[1]
 
@@ -167,6 +179,32 @@ REDUCTIONS = (
     Case("every_linear_pool", applied(every_linear_pool), image(), (A8,)),
     Case("every_volume_pool", applied(every_volume_pool), image(), (A8,)),
     Case("every_content", applied(every_content), image(), (A8,)),
+    Case(
+        "sampled_at_places_that_depend_on_the_input",
+        lambda: Net(sampled, a=conv(3, 8), o=conv(8, 2)),
+        image(),
+        (A8,),
+    ),
+    Case(
+        "noise",
+        lambda: Net(
+            lambda n, x: n.o(n.a(x) + torch.rand(x.shape[0], 1, 6, 6) + torch.randn(6, 6) + torch.randint(9, (6, 6)) + torch.randint(2, 9, (6, 6))), a=conv(3, 8), o=conv(8, 2)
+        ),
+        image(),
+        (A8,),
+        mixes=True,  # it is never the same
+        bug="noise_in_eval",
+    ),
+    Case(
+        "fractional_pooling_pins",
+        lambda: Net(lambda n, x: n.p(n.o(F.fractional_max_pool2d(n.a(x), 2, (6, 6)))), a=conv(3, 8, 1), o=conv(8, 6), p=conv(6, 2)),
+        torch.randn(2, 3, 9, 9),
+        (HEAD,),
+        {"a.weight/0": ""},
+        mixes=True,  # it is never the same
+        bug="fractional_max_pool",
+    ),
+    Case("maximum_of_all_pins", gated(lambda x: x.max() - x.min()), image(), (HEAD,), {"a.weight/0": "goes through aten.m"}),
     Case("mean_over_channels", applied(lambda x: x - x.mean(1, keepdim=True)), image(), (A8,), mixes=True),
     Case("softmax_over_channels_pins", gated(lambda x: x.softmax(1)), image(), (HEAD,), {"a.weight/0": "goes through aten.softmax.int over its channels (softmax)"}),
     Case("log_softmax_over_channels_pins", gated(lambda x: x.log_softmax(1)), image(), (HEAD,), {"a.weight/0": "goes through aten.log_softmax.int over its channels"}),

@@ -1,0 +1,37 @@
+"""Whether the cases of `test_rules_*.py` reach every operator of the tables. Their traces are shared: this file runs last."""
+
+import importlib
+from collections.abc import Mapping
+
+from test_rules import trace
+
+from speedup.rules import RULES
+
+TOPICS = ("movement", "pointwise", "contraction", "norm", "meeting")
+
+UNTRIED: Mapping[str, str] = {
+    "aten.view.default": "capture turns it into a reshape",
+    "aten.contiguous.default": "export leaves it out",
+    "aten.requires_grad_.default": "export leaves it out",
+    "aten.to.other": "export names the type instead",
+    "aten._assert_scalar.default": "stands at sizes that depend on data",
+    "aten.sym_constrain_range_for_size.default": "stands at sizes that depend on data",
+    "aten.linspace.Scalar_Tensor": "from Python the ends are numbers",
+    "aten.linspace.Tensor_Scalar": "from Python the ends are numbers",
+    "aten.linspace.Tensor_Tensor": "from Python the ends are numbers",
+}
+"""Entries of the tables that no case reaches, and why. Overloads for `out` and for generators do not come from export."""
+
+
+def test_every_entry_of_every_table_is_tried() -> None:
+    seen = set()
+    for topic in TOPICS:
+        for case in importlib.import_module(f"test_rules_{topic}").CASES:
+            try:
+                nodes = trace(case).analysis.captured.nodes
+            except Exception:
+                assert case.bug, case.name
+                continue
+            seen |= {node.target for node in nodes}
+    missing = {str(operator) for operator in RULES if operator not in seen}
+    assert {name for name in missing if not name.endswith(("out", "generator", ".output"))} == set(UNTRIED)
