@@ -18,11 +18,11 @@ from speedup.capture import ExampleInputs, capture
 from speedup.classes import Classes
 from speedup.rules import rule_for
 
-_KINDS = {operator.getitem: "slice"}
+_KINDS: Mapping[object, str] = {operator.getitem: "slice"}
 """Ties of nodes that are no operators."""
 
 _GROUPED = ("convolution", "group norm")
-"""Kinds of blocks whose rows go whole only where that is the finer choice; the rows of other slabs (heads) always may."""
+"""Kinds of blocks whose rows go whole only where that is the finer choice; rows of other slabs (heads) always may."""
 
 
 @dataclass(frozen=True)

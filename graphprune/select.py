@@ -119,7 +119,7 @@ def _rounded(group: ChannelGroup, asked: int, round_to: int, min_channels: int) 
     if wanted > asked:
         return (
             wanted,
-            f"keeps {wanted} instead of {asked}: {'at least ' + str(least) if wanted == least else 'a multiple of ' + str(step)}",
+            f"kept {wanted}, not {asked}: " + (f"at least {least}" if wanted == least else f"a multiple of {step}"),
         )
     return wanted, f"rounded to a multiple of {step}" if wanted < asked else None
 
@@ -198,7 +198,7 @@ def _solved(group: ChannelGroup, tables: Sequence[Index], scores: Scores, share:
     for weave in group.weaves:
         for lead in _leads_between_cells(cell_of[weave], sizes):
             counting.between(lead, 0, 1)
-    counts = counting.solve(np.zeros(len(sizes)), np.bincount(cell_of, weights=group.locked))
+    counts = counting.solve(np.zeros(len(sizes)), np.bincount(cell_of, weights=group.locked).astype(float))
     if counts is None:
         return None
     choosing = _Program(np.ones(group.units))
@@ -221,10 +221,10 @@ def _cells(group: ChannelGroup) -> Index:
 
 
 def _leads_between_cells(turns: Index, sizes: Index) -> Iterator[NDArray[np.float64]]:
-    """Yields how far each row is ahead of the next, as weights of cells, wherever a weave has finished every cell it began."""
-    length, rows = turns.shape
+    """Yields how far each row is ahead of the next in weights of cells, where a weave has finished every cell it began."""
+    rows = turns.shape[1]
     sequence = turns.reshape(-1)
-    cells, first = np.unique(sequence, return_index=True)
+    _, first = np.unique(sequence, return_index=True)
     last = len(sequence) - 1 - np.unique(sequence[::-1], return_index=True)[1]
     opened = np.zeros(len(sequence) + 1, dtype=np.int64)
     np.add.at(opened, first + 1, 1)
@@ -286,8 +286,8 @@ class _Program:
                 values = [1.0, *([-1.0] if place else []), *([-float(step)] if step else [])]
                 self._constraint(np.array(columns), np.array(values), 0, 0)
         if rows > 2:
-            for place in lead:
-                self._constraint(place, np.ones(rows - 1), 0, 1)
+            for columns_there in lead:
+                self._constraint(columns_there, np.ones(rows - 1), 0, 1)
         self._constraint(lead[-1], np.ones(rows - 1), 0, 0)
 
     def solve(self, scores: Scores, low: NDArray[np.float64], gap: float = 1e-3) -> NDArray[np.float64] | None:

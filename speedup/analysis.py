@@ -56,7 +56,8 @@ class Analysis:
         for plane in planes:
             for position in self.classes.pin_of[np.unique(self.classes.plane(plane))]:
                 if position >= 0:
-                    return self.classes.pins[position]
+                    pin: Pin = self.classes.pins[position]
+                    return pin
         return None
 
     @cached_property
@@ -115,7 +116,7 @@ def analyse(captured: Captured) -> Analysis:
         elif node.op == "output":
             for tensor in _tensors(fx.node.map_arg(node.args, lambda n: labels[n.name])):
                 flow.pin_all(tensor, "is an output of the model")
-        elif node.target is operator.getitem and isinstance(labels[node.args[0].name], list | tuple):  # type: ignore[union-attr]  # a node
+        elif node.target is operator.getitem and isinstance(labels[str(node.args[0])], list | tuple):
             labels[node.name] = labels[node.args[0].name][node.args[1]]  # type: ignore[union-attr,index]  # a node and an int
         elif not isinstance(node.meta.get("val"), Tensor | list | tuple):
             labels[node.name] = hint(node.meta.get("val"))
@@ -147,11 +148,11 @@ def bind(node: fx.Node, labels: Mapping[str, Any], captured: Captured) -> Call:
     schema = node.target._schema.arguments  # type: ignore[union-attr]  # call_function nodes hold OpOverloads
     given = dict(zip((argument.name for argument in schema), node.args, strict=False)) | node.kwargs
     raw = {
-        argument.name: given[argument.name] if argument.name in given else argument.default_value
+        argument.name: given.get(argument.name, argument.default_value)
         for argument in schema
         if argument.name in given or argument.has_default_value()
     }
-    constants = {}
+    constants: dict[str, Any] = {}
     for name, value in raw.items():
         if isinstance(value, fx.Node) and value.op == "get_attr":
             constants[name] = attribute(captured.graph_module, str(value.target))
@@ -181,7 +182,7 @@ def attribute(module: nn.Module, name: str) -> Tensor:
 
 
 def tensor_names(graph_module: fx.GraphModule) -> dict[str, str]:
-    """For every name under which the graph reads a tensor, the first name of the same tensor: tied weights are one tensor."""
+    """For every name under which the graph reads a tensor the first name of that tensor: tied weights are one."""
     first: dict[int, str] = {}
     names = {}
     for node in graph_module.graph.nodes:

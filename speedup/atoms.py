@@ -153,7 +153,7 @@ class Flow:
     def freeze(self, labels: Labels, dims: Iterable[int], reason: str, structural: bool = False) -> Labels:
         """Returns ``labels`` with nothing left that varies along ``dims``, which must stay as they are.
 
-        A plane with no other support is pinned; of one with more, the atoms that differ only along ``dims`` go together.
+        A plane with no other support is pinned; of one with more, atoms that differ only along ``dims`` go together.
         """
         frozen = set(dims)
         planes = []
@@ -178,7 +178,7 @@ class Flow:
         self.blocks.append(Block(self.node, self.kind, _rows_first(plane, rows), slab_labels))
 
     def part(self, plane: Plane, dim: int) -> None:
-        """Notes that ``plane`` is a part cut along ``dim``: something of it must stay, and what stays is a rectangle."""
+        """Notes that ``plane`` is a part cut along ``dim``: something of it must stay, as a rectangle."""
         dims = support(plane)
         if not dims:
             self.pin(plane, "is taken alone")
@@ -320,4 +320,5 @@ def _rows_first(plane: Plane, rows: Sequence[int]) -> Index:
 
 
 def flat(labels: Tensor) -> Index:
+    """The labels of a tensor in row-major order."""
     return labels.reshape(-1).numpy()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from speedup.errors import CaptureError
@@ -51,9 +52,8 @@ class Captured:
     def fixed_batch(self) -> int | None:
         """The only batch size at which the graph is right; None where it is right at any."""
         inputs = [node.meta.get("val") for node in self.nodes if node.op == "placeholder"]
-        dynamic = any(
-            isinstance(size, torch.SymInt) for value in inputs if isinstance(value, Tensor) for size in value.shape
-        )
+        sizes = [size for value in inputs if isinstance(value, Tensor) for size in value.shape]
+        dynamic = any(not is_concrete_int(size) for size in sizes)
         return None if dynamic else batch_size((self.args, self.kwargs))
 
     def flat_inputs(self) -> list[Any]:
@@ -77,7 +77,7 @@ def batch_size(inputs: Any) -> int:
 
 
 def with_batch(inputs: Any, batch: int) -> Any:
-    """Returns ``inputs`` with a batch of ``batch``: tensors that carry the batch are repeated or cut along dimension 0."""
+    """Returns ``inputs`` with another batch: tensors that carry it are repeated or cut along dimension 0."""
     present = batch_size(inputs)
 
     def resize(leaf: Any) -> Any:
@@ -146,10 +146,10 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Captured:
                 f"Check the shapes and types of the inputs: {_describe((args, kwargs))}."
             ) from error
         refusal: Exception | None = None
-        for args, kwargs, dynamic in _attempts(args, kwargs):
+        for some_args, some_kwargs, dynamic in _attempts(args, kwargs):
             try:
-                exported = _export(model, args, kwargs, dynamic)
-            except Exception as error:  # torch.export has no common error class
+                exported = _export(model, some_args, some_kwargs, dynamic)
+            except Exception as error:  # noqa: BLE001   # torch.export has no common error class
                 refusal = refusal or error
                 continue
             return captured_from(exported, model)

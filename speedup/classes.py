@@ -57,7 +57,8 @@ class Classes:
 
     def plane(self, plane: Plane, dims: Sequence[int] | None = None) -> Index:
         """The classes of a plane over ``dims`` (its support by default)."""
-        return self.of[core(plane, dims).numpy()]
+        classes: Index = self.of[core(plane, dims).numpy()]
+        return classes
 
     def live_mask(self, labels: Labels, live: Mask) -> Tensor | None:
         """Which elements of a tensor live: a boolean tensor that broadcasts to its shape; None where all do."""
@@ -130,7 +131,7 @@ class Classes:
         shape = list(labels.shape)
         for dim in reversed(dims):
             kept = counts.sum(-1)
-            sizes = kept[kept > 0].unique()
+            sizes = torch.unique(kept[kept > 0])
             if len(sizes) != 1:
                 raise PlanError(
                     f"{node}: its rows would keep {sizes.tolist()} of {mask.shape[dim]} elements each. "
@@ -184,7 +185,7 @@ def solve(flow: Flow) -> Classes:
     pin_of = np.full(count, -1, dtype=np.int64)
     for position in range(len(flow.pins) - 1, -1, -1):
         pin_of[of[flow.pins[position][1]]] = position
-    blocks = {}
+    blocks: dict[tuple[object, ...], Block] = {}
     for block in flow.blocks:
         rows = of[block.members]
         slabs = None if block.slabs is None else of[block.slabs]

@@ -17,8 +17,8 @@ from speedup.shrink import shrink
 class ModelSpeedup:
     """Shrinks a model by masks, and proves that the result equals the masked original.
 
-    A channel goes when every weight that produces it has it masked out whole; the masks of coupled weights are reconciled:
-    what any of them keeps is kept, and so is what keeps a block rectangular.
+    A channel goes when every weight that produces it has it masked out whole. The masks of coupled weights are
+    reconciled: what any of them keeps is kept, and so is what keeps a block rectangular.
 
     Attributes:
         reconciled: For each masked tensor by name how many channels it masks out that are kept all the same.
@@ -67,7 +67,7 @@ class ModelSpeedup:
         shape = self._analysis.parameters[canonical].shape
         if tuple(mask.shape) != shape:
             raise PlanError(
-                f"{name}: the mask has shape {tuple(mask.shape)}, the parameter {shape}. Give masks of the parameter's shape."
+                f"{name}: the mask has shape {tuple(mask.shape)}, the parameter {shape}. Give masks of its shape."
             )
         alive: Mask = (mask != 0).cpu().numpy()
         return alive
@@ -98,7 +98,7 @@ def _produced_axes(analysis: Analysis, name: str) -> list[tuple[int, Index]]:
 
 
 def _produced(analysis: Analysis, masks: Mapping[str, Mask]) -> Mask:
-    """Which classes live, shape (classes,), when a channel goes that all its weights of two dimensions or more mask out."""
+    """Which classes live, shape (classes,), when a channel goes that all weights which produce it mask out."""
     kept = np.zeros(analysis.classes.count, dtype=np.bool_)
     dropped = np.zeros(analysis.classes.count, dtype=np.bool_)
     canonical = {analysis.aliases[name]: mask for name, mask in masks.items()}
@@ -114,7 +114,7 @@ def _produced(analysis: Analysis, masks: Mapping[str, Mask]) -> Mask:
 
 
 def _rectangular(analysis: Analysis, live: Mask) -> Mask:
-    """Returns ``live`` with the fewest channels back that make every block a rectangle, rows that are whole left out."""
+    """Returns ``live`` with as many channels back as make every block a rectangle; rows that are gone stay gone."""
     blocks = [block for block in analysis.classes.blocks if len(block.members) > 1]
     while True:
         before = live.copy()

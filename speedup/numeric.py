@@ -20,7 +20,7 @@ def perturbed(value: Any, generator: torch.Generator) -> Any:
 
 
 def relative_difference(expected: Tensor, found: Tensor, floor: float = 0.0) -> float:
-    """Returns max |expected - found| / max(max |expected|, floor); not-a-numbers and infinities must stand in the same places."""
+    """Returns max |expected - found| / max(max |expected|, floor); infinite if nan or inf stand in other places."""
     if not expected.numel():
         return 0.0
     finite = torch.isfinite(expected)

@@ -26,9 +26,7 @@ def make_plan(analysis: Analysis, live: Mask) -> ShrinkPlan:
     for weave in classes.weaves:
         row = np.flatnonzero(live[weave.turns].reshape(-1)) % weave.turns.shape[1]
         if (row != np.arange(len(row)) % weave.turns.shape[1]).any():
-            raise PlanError(
-                f"{weave.node}: what stays does not take turns as the channels of the shuffle do. Keep channels that do."
-            )
+            raise PlanError(f"{weave.node}: what stays does not take turns as the shuffle does. Keep channels that do.")
     keep: dict[Axis, Index] = {}
     rows: dict[str, Index] = {}
     for name, labels in analysis.parameters.items():
@@ -87,7 +85,7 @@ def live_from_keep(analysis: Analysis, plan: ShrinkPlan) -> Mask:
     live = np.ones(analysis.classes.count, dtype=np.bool_)
     for name in sorted(plan.tensors - analysis.parameters.keys()):
         raise PlanError(
-            f"{name}: the plan keeps channels of it, but the model has no such tensor. Use the model that was compressed."
+            f"{name}: the plan keeps channels of it, which the model does not have. Use the model that was compressed."
         )
     for axis, kept in plan.keep.items():
         labels = analysis.parameters[axis.tensor]

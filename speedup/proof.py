@@ -27,6 +27,7 @@ from speedup.shrink import ShrunkGraph, shrink_graph
 
 aten = torch.ops.aten
 TOLERANCE = 1e-9
+_BUG = "A rule is wrong, or the plan does not fit the model: compress again, and report it if it stays."
 
 
 @dataclass(frozen=True)
@@ -158,8 +159,7 @@ class _Lockstep:
             return execute(node, values)
         except Exception as error:  # any operator may refuse any shape
             raise ProofError(
-                f"{node.name}: the shrunk graph fails there ({str(error).splitlines()[0]}){_source(node)}. "
-                "This is a bug in a rule or a plan that does not fit the model."
+                f"{node.name}: the shrunk graph fails there ({str(error).splitlines()[0]}){_source(node)}. {_BUG}"
             ) from error
 
     def _masked(self, node: fx.Node, values: Mapping[str, Any]) -> Any:
@@ -204,7 +204,7 @@ class _Lockstep:
         if expected.shape != small.shape:
             raise ProofError(
                 f"{node.name}: the shrunk graph has shape {tuple(small.shape)} where the masked original has "
-                f"{tuple(expected.shape)}{_source(node)}. This is a bug in a rule or a plan that does not fit the model."
+                f"{tuple(expected.shape)}{_source(node)}. {_BUG}"
             )
         if not expected.is_floating_point():
             far = 0.0 if torch.equal(expected, small) else float("inf")
@@ -216,7 +216,7 @@ class _Lockstep:
         if not far <= TOLERANCE:
             raise ProofError(
                 f"{node.name}: the shrunk graph differs from the masked original by {far:.3g} relative "
-                f"(allowed {TOLERANCE:g}){_source(node)}. This is a bug in a rule or a plan that does not fit the model."
+                f"(allowed {TOLERANCE:g}){_source(node)}. {_BUG}"
             )
         return far
 
@@ -292,7 +292,7 @@ def _source(node: fx.Node) -> str:
 
 
 def _masked_layer_norm(node: fx.Node, values: Mapping[str, Any], mask: Tensor) -> Tensor:
-    x, shape, *rest = _arguments(node, values, "normalized_shape")
+    x, shape = _arguments(node, values, "normalized_shape")
     dims = tuple(range(x.dim() - len(shape), x.dim()))
     count = mask.sum(dims, keepdim=True).clamp(min=1)
     mean = (x * mask).sum(dims, keepdim=True) / count
@@ -307,7 +307,7 @@ def _masked_layer_norm(node: fx.Node, values: Mapping[str, Any], mask: Tensor) -
 
 
 def _masked_group_norm(node: fx.Node, values: Mapping[str, Any], mask: Tensor) -> Tensor:
-    x, groups, *rest = _arguments(node, values, "num_groups")
+    x, groups = _arguments(node, values, "num_groups")
     parts, kept = (t.reshape(x.shape[0], groups, -1) for t in (x, mask))
     count = kept.sum(-1, keepdim=True).clamp(min=1)
     mean = (parts * kept).sum(-1, keepdim=True) / count

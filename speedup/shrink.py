@@ -305,11 +305,11 @@ def difference(module: nn.Module, graph: ShrunkGraph, captured: Captured) -> str
             args, kwargs = pytree.tree_map(lambda leaf: _moved(leaf, generator), (args, kwargs))
             try:
                 expected = pytree.tree_leaves(graph(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
-            except Exception as error:  # the proof will name the node
+            except Exception as error:  # noqa: BLE001  # the proof will name the node
                 return f"the rewritten graph fails: {str(error).splitlines()[0]}"
             try:
                 found = pytree.tree_leaves(module(*args, **kwargs))
-            except Exception as error:  # whatever the user's code raises
+            except Exception as error:  # noqa: BLE001  # whatever the user's code raises
                 return f"{_last_line_of(error)}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
             if len(found) != len(expected) or not all(map(_same, expected, found)):
                 return "its Python code computes something else than the rewritten graph"

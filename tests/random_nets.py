@@ -156,7 +156,14 @@ class Conv(Op, weight=8):
         cout = choose(WIDTHS)
         groups = choose([1, 1, 1, *(g for g in divisors(math.gcd(cin, cout)))])
         stride = choose([1, 1, 2]) if height > 2 else 1
-        return {"cin": cin, "cout": cout, "kernel": choose([1, 3]), "stride": stride, "groups": groups, "bias": choose([True, False])}
+        return {
+            "cin": cin,
+            "cout": cout,
+            "kernel": choose([1, 3]),
+            "stride": stride,
+            "groups": groups,
+            "bias": choose([True, False]),
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
@@ -206,7 +213,12 @@ class Residual(Op, weight=3):
     @classmethod
     def draw(cls, choose: Choose, *shapes: Shape) -> Settings:
         hidden = choose(WIDTHS)
-        return {"width": shapes[0][0], "hidden": hidden, "groups": choose([1, *divisors(hidden)]), "inplace": choose([False, True])}
+        return {
+            "width": shapes[0][0],
+            "hidden": hidden,
+            "groups": choose([1, *divisors(hidden)]),
+            "inplace": choose([False, True]),
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.restore(F.relu(self.bn(self.middle(self.reduce(x)))))
@@ -253,7 +265,13 @@ class ConvTranspose(Op, weight=3):
         cin, height, _ = shapes[0]
         cout = choose(WIDTHS)
         groups = choose([1, 1, *(g for g in divisors(math.gcd(cin, cout)))])
-        return {"cin": cin, "cout": cout, "stride": choose([1, 2]) if height <= 4 else 1, "groups": groups, "bias": choose([True, False])}
+        return {
+            "cin": cin,
+            "cout": cout,
+            "stride": choose([1, 2]) if height <= 4 else 1,
+            "groups": groups,
+            "bias": choose([True, False]),
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(x)
@@ -489,7 +507,11 @@ class Mlp(Op, weight=2):
 
     @classmethod
     def draw(cls, choose: Choose, *shapes: Shape) -> Settings:
-        return {"width": channels(shapes[0]), "hidden": choose(WIDTHS), "gated": choose(["no", "separate", "chunk", "glu"])}
+        return {
+            "width": channels(shapes[0]),
+            "hidden": choose(WIDTHS),
+            "gated": choose(["no", "separate", "chunk", "glu"]),
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.fc1(x)
@@ -579,7 +601,12 @@ class VectorToImage(Op, weight=3):
 
     @classmethod
     def draw(cls, choose: Choose, *shapes: Shape) -> Settings:
-        return {"cin": shapes[0][0], "width": choose(WIDTHS), "side": choose([1, 2]), "how": choose(["view", "unflatten", "infer"])}
+        return {
+            "cin": shapes[0][0],
+            "width": choose(WIDTHS),
+            "side": choose([1, 2]),
+            "how": choose(["view", "unflatten", "infer"]),
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc(x)
@@ -658,7 +685,11 @@ class GroupNorm(Op, weight=3):
 
     @classmethod
     def draw(cls, choose: Choose, *shapes: Shape) -> Settings:
-        return {"width": shapes[0][0], "groups": choose(divisors(shapes[0][0], 1)), "affine": choose([True, True, False])}
+        return {
+            "width": shapes[0][0],
+            "groups": choose(divisors(shapes[0][0], 1)),
+            "affine": choose([True, True, False]),
+        }
 
     @classmethod
     def silent(cls, flags: Sequence[bool], settings: Settings) -> bool:
@@ -698,7 +729,9 @@ class LayerNorm(Op, weight=3):
 
     def __init__(self, width: int, rank: int, rms: bool, affine: bool) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(width, elementwise_affine=affine) if rms else nn.LayerNorm(width, elementwise_affine=affine)
+        self.norm = (
+            nn.RMSNorm(width, elementwise_affine=affine) if rms else nn.LayerNorm(width, elementwise_affine=affine)
+        )
         self.rank = rank
 
     @classmethod
@@ -707,7 +740,12 @@ class LayerNorm(Op, weight=3):
 
     @classmethod
     def draw(cls, choose: Choose, *shapes: Shape) -> Settings:
-        return {"width": channels(shapes[0]), "rank": len(shapes[0]), "rms": choose([False, True]), "affine": choose([True, True, False])}
+        return {
+            "width": channels(shapes[0]),
+            "rank": len(shapes[0]),
+            "rms": choose([False, True]),
+            "affine": choose([True, True, False]),
+        }
 
     @classmethod
     def silent(cls, flags: Sequence[bool], settings: Settings) -> bool:
@@ -1040,7 +1078,22 @@ class Binary(Op, weight=9):
 
     @classmethod
     def draw(cls, choose: Choose, *shapes: Shape) -> Settings:
-        hows = ["add", "add", "add", "mul", "sub", "add_", "div", "maximum", "lerp", "stack", "addcmul", "where", "mean", "select"]
+        hows = [
+            "add",
+            "add",
+            "add",
+            "mul",
+            "sub",
+            "add_",
+            "div",
+            "maximum",
+            "lerp",
+            "stack",
+            "addcmul",
+            "where",
+            "mean",
+            "select",
+        ]
         return {"how": choose(hows), "width": channels(shapes[0]), "axis": -3 if is_image(shapes[0]) else -1}
 
     @classmethod
@@ -1051,7 +1104,7 @@ class Binary(Op, weight=9):
             return flags[0]
         return all(flags)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # noqa: PLR0911  # one return for each way
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # one return for each way
         how = self.how
         if how == "add_":
             z = x.clone()
@@ -1187,7 +1240,12 @@ class SqueezeExcite(Op, weight=4):
 
     @classmethod
     def draw(cls, choose: Choose, *shapes: Shape) -> Settings:
-        return {"width": shapes[0][0], "hidden": choose((2, 4, 6)), "linear": choose([True, False]), "gate": choose(["sigmoid", "hard", "softmax"])}
+        return {
+            "width": shapes[0][0],
+            "hidden": choose((2, 4, 6)),
+            "linear": choose([True, False]),
+            "gate": choose(["sigmoid", "hard", "softmax"]),
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         if self.linear:
@@ -1318,7 +1376,9 @@ class Split(Op, weight=7):
             cut = choose(list(range(1, width)))
             uneven = [cut, width - cut]
         sizes = even if even is not None and choose([True, False]) else uneven
-        hows = ["sizes", "slice", "narrow", "tensor_split"] + (["chunk", "split", "unbind", "stepped"] if sizes == even else [])
+        hows = ["sizes", "slice", "narrow", "tensor_split"] + (
+            ["chunk", "split", "unbind", "stepped"] if sizes == even else []
+        )
         return {"how": choose(hows), "sizes": sizes, "axis": channel_axis(shapes[0])}
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -1461,7 +1521,7 @@ class HeadsView(Op, weight=5):
             y = y.reshape(*shape[:-1], self.heads * self.width)
         return y if self.sequence else y.permute(0, 3, 1, 2)
 
-    def _inside(self, y: Tensor) -> Tensor:  # noqa: PLR0911, PLR0912  # one return for each way
+    def _inside(self, y: Tensor) -> Tensor:  # one return for each way
         how = self.how
         if how in ("scale_heads", "scale_width", "scale_both"):
             return y * self.scale
@@ -1472,7 +1532,11 @@ class HeadsView(Op, weight=5):
         if how == "linear_heads":
             return self.fc(y.transpose(-1, -2)).transpose(-1, -2)
         if how == "blockdiagonal":
-            return torch.einsum("...hi,hio->...ho", y, self.weight) if y.dim() > 4 else (y.unsqueeze(-2) @ self.weight).squeeze(-2)
+            return (
+                torch.einsum("...hi,hio->...ho", y, self.weight)
+                if y.dim() > 4
+                else (y.unsqueeze(-2) @ self.weight).squeeze(-2)
+            )
         if how == "normalise":
             return F.normalize(y, dim=-1)
         if how == "softmax_width":
@@ -1599,7 +1663,12 @@ class PaddedShortcut(Op, weight=3):
 
     @classmethod
     def draw(cls, choose: Choose, *shapes: Shape) -> Settings:
-        return {"cin": shapes[0][0], "before": choose([0, 1, 2, 4]), "after": choose([1, 2, 4]), "how": choose(["stride", "pool"])}
+        return {
+            "cin": shapes[0][0],
+            "before": choose([0, 1, 2, 4]),
+            "after": choose([1, 2, 4]),
+            "how": choose(["stride", "pool"]),
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         small = x[:, :, ::2, ::2] if self.how == "stride" else F.avg_pool2d(x, 2)
@@ -1663,7 +1732,11 @@ class Repeat(Op, weight=4):
 
     @classmethod
     def draw(cls, choose: Choose, *shapes: Shape) -> Settings:
-        return {"how": choose(["repeat", "interleave", "expand", "expand_inner", "cat"]), "times": choose([2, 3]), "axis": channel_axis(shapes[0])}
+        return {
+            "how": choose(["repeat", "interleave", "expand", "expand_inner", "cat"]),
+            "times": choose([2, 3]),
+            "axis": channel_axis(shapes[0]),
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         n = self.times
@@ -1748,7 +1821,10 @@ class CatConstant(Op, weight=2):
 
     @classmethod
     def draw(cls, choose: Choose, *shapes: Shape) -> Settings:
-        return {"how": choose(["coordinates", "ones", "zeros", "ramp_add", "zeros_add", "table"]), "count": choose([1, 3])}
+        return {
+            "how": choose(["coordinates", "ones", "zeros", "ramp_add", "zeros_add", "table"]),
+            "count": choose([1, 3]),
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
@@ -2163,7 +2239,12 @@ class Outer(Op):
 
     @classmethod
     def draw(cls, choose: Choose, *shapes: Shape) -> Settings:
-        return {"first": shapes[0][0], "second": shapes[1][0], "cout": choose(WIDTHS), "how": choose(["einsum", "mul", "bilinear"])}
+        return {
+            "first": shapes[0][0],
+            "second": shapes[1][0],
+            "cout": choose(WIDTHS),
+            "how": choose(["einsum", "mul", "bilinear"]),
+        }
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if self.how == "bilinear":
@@ -2229,7 +2310,14 @@ class Attention(Op, weight=10):
     ) -> None:
         super().__init__()
         self.heads, self.shared, self.inner, self.scale = heads, shared, inner, inner**-0.5
-        self.kind, self.core, self.bias, self.norm, self.dynamic, self.residual = kind, core, bias, norm, dynamic, residual
+        self.kind, self.core, self.bias, self.norm, self.dynamic, self.residual = (
+            kind,
+            core,
+            bias,
+            norm,
+            dynamic,
+            residual,
+        )
         if kind in ("fused", "chunk", "packed"):
             self.qkv = nn.Linear(width, 3 * heads * inner)
         else:
@@ -2377,7 +2465,11 @@ class LibraryAttention(Op, weight=3):
     @classmethod
     def draw(cls, choose: Choose, *shapes: Shape) -> Settings:
         width = shapes[0][1]
-        return {"width": width, "heads": choose([h for h in (2, 3, 4) if width % h == 0]), "how": choose(["plain", "weights", "encoder", "no_bias"])}
+        return {
+            "width": width,
+            "heads": choose([h for h in (2, 3, 4) if width % h == 0]),
+            "how": choose(["plain", "weights", "encoder", "no_bias"]),
+        }
 
     @classmethod
     def silent(cls, flags: Sequence[bool], settings: Settings) -> bool:
@@ -2508,7 +2600,9 @@ Live = Callable[[Tensor], Tensor]
 class MaskedNorm(nn.Module):
     """A norm over channels that counts those which are left: layer norm, RMS norm or group norm."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, live: Tensor, eps: float | None, groups: int, kind: str) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, live: Tensor, eps: float | None, groups: int, kind: str
+    ) -> None:
         super().__init__()
         self.weight, self.bias, self.live, self.eps, self.groups, self.kind = weight, bias, live, eps, groups, kind
 
@@ -2700,7 +2794,11 @@ class _Builder:
     def _like(self, operands: tuple[int, ...]) -> list[tuple[int, ...]]:
         """Other operands of the same shapes: the first one replaced."""
         first = self.shape(operands[0])
-        return [(i, *operands[1:]) for i in range(len(self.values) - 1, 0, -1) if self.shape(i) == first and i != operands[0]]
+        return [
+            (i, *operands[1:])
+            for i in range(len(self.values) - 1, 0, -1)
+            if self.shape(i) == first and i != operands[0]
+        ]
 
 
 def operation_names() -> list[str]:

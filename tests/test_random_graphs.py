@@ -167,7 +167,10 @@ def in_double(model: nn.Module) -> nn.Module:
     if isinstance(module, fx.GraphModule):
         for node in module.graph.nodes:
             exact = (torch.float64 if value is torch.float32 else value for value in node.args)
-            node.args, node.kwargs = tuple(exact), {k: torch.float64 if v is torch.float32 else v for k, v in node.kwargs.items()}
+            node.args, node.kwargs = (
+                tuple(exact),
+                {k: torch.float64 if v is torch.float32 else v for k, v in node.kwargs.items()},
+            )
         module.recompile()
     return module
 
@@ -185,7 +188,10 @@ def masked(model: nn.Module, plan: ShrinkPlan) -> nn.Module:
     Norms over channels count what is left: they are replaced by modules written for this test.
     """
     module = copy.deepcopy(model).double()
-    tensors = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+    tensors = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
     masks = {id(tensor): torch.ones_like(tensor) for tensor in tensors.values() if tensor.is_floating_point()}
     for axis, indices in plan.keep.items():
         if id(tensors.get(axis.tensor)) in masks:
@@ -195,7 +201,10 @@ def masked(model: nn.Module, plan: ShrinkPlan) -> nn.Module:
             masks[id(tensors[axis.tensor])] *= kept.view(shape)
     for name, rows in plan.rows.items():
         tensor = tensors[name]
-        outputs = next((torch.as_tensor(i) for a, i in plan.keep.items() if a.tensor == name and a.dim == 0), torch.arange(len(tensor)))
+        outputs = next(
+            (torch.as_tensor(i) for a, i in plan.keep.items() if a.tensor == name and a.dim == 0),
+            torch.arange(len(tensor)),
+        )
         table = torch.zeros(tensor.shape[:2], dtype=torch.float64)
         table[outputs[:, None], torch.as_tensor(rows)] = 1
         masks[id(tensor)] *= table.view(*table.shape, *(1,) * (tensor.dim() - 2))

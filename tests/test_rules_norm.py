@@ -108,9 +108,28 @@ NORMS = (
 
 
 def every_sum(x: Tensor) -> Tensor:
-    one = x.sum() + x.mean() + x.norm() + aten.linalg_vector_norm.default(x) + aten.count_nonzero.dim_IntList(x, [0, 1])[0, 0]
-    maps = x.sum(1) + x.mean(1) + x.norm(dim=1) + x.std(1, correction=1) + x.var(1, correction=0) + aten.frobenius_norm.dim(x, [1])
-    maps = maps + aten.var.dim(x, [1], True) + aten.std.dim(x, [1], True) + sum(torch.var_mean(x, 1, correction=1)) + sum(torch.std_mean(x, 1, correction=1))
+    one = (
+        x.sum()
+        + x.mean()
+        + x.norm()
+        + aten.linalg_vector_norm.default(x)
+        + aten.count_nonzero.dim_IntList(x, [0, 1])[0, 0]
+    )
+    maps = (
+        x.sum(1)
+        + x.mean(1)
+        + x.norm(dim=1)
+        + x.std(1, correction=1)
+        + x.var(1, correction=0)
+        + aten.frobenius_norm.dim(x, [1])
+    )
+    maps = (
+        maps
+        + aten.var.dim(x, [1], True)
+        + aten.std.dim(x, [1], True)
+        + sum(torch.var_mean(x, 1, correction=1))
+        + sum(torch.std_mean(x, 1, correction=1))
+    )
     return x + one + maps.unsqueeze(1) + aten.norm.ScalarOpt_dim(x, 2, [1], True)
 
 
@@ -128,13 +147,26 @@ def every_choice_over_space(x: Tensor) -> Tensor:
 def every_planar_pool(x: Tensor) -> Tensor:
     size = x.shape[2:]
     y = F.max_pool2d(x, 3, 1, 1) + F.avg_pool2d(x, 3, 1, 1) + F.adaptive_avg_pool2d(x, 6) + F.adaptive_max_pool2d(x, 6)
-    y = y + F.max_pool2d(x, 3, 1, 1, return_indices=True)[0] + F.interpolate(x, size) + F.interpolate(x, size, mode="nearest-exact")
+    y = (
+        y
+        + F.max_pool2d(x, 3, 1, 1, return_indices=True)[0]
+        + F.interpolate(x, size)
+        + F.interpolate(x, size, mode="nearest-exact")
+    )
     y = y + F.interpolate(x, size, mode="bilinear") + F.interpolate(x, size, mode="bicubic")
-    y = y + F.interpolate(x, size, mode="bilinear", antialias=True) + F.interpolate(x, size, mode="bicubic", antialias=True)
+    y = (
+        y
+        + F.interpolate(x, size, mode="bilinear", antialias=True)
+        + F.interpolate(x, size, mode="bicubic", antialias=True)
+    )
     y = y + aten.upsample_nearest2d.default(x, size) + aten._upsample_nearest_exact2d.default(x, size)
     y = y + aten.upsample_bilinear2d.default(x, size, False) + aten.upsample_bicubic2d.default(x, size, False)
     y = y + aten._upsample_bilinear2d_aa.default(x, size, False) + aten._upsample_bicubic2d_aa.default(x, size, False)
-    y = y + aten.reflection_pad2d.default(x, [1] * 4)[..., 1:-1, 1:-1] + aten.replication_pad2d.default(x, [1] * 4)[..., 1:-1, 1:-1]
+    y = (
+        y
+        + aten.reflection_pad2d.default(x, [1] * 4)[..., 1:-1, 1:-1]
+        + aten.replication_pad2d.default(x, [1] * 4)[..., 1:-1, 1:-1]
+    )
     return y + x.tril() + x.triu()
 
 
@@ -146,17 +178,31 @@ def sampled(net: Net, x: Tensor) -> Tensor:
 def every_linear_pool(x: Tensor) -> Tensor:
     flat = x.flatten(2)
     size = flat.shape[2:]
-    y = F.max_pool1d(flat, 3, 1, 1) + F.avg_pool1d(flat, 3, 1, 1) + F.adaptive_avg_pool1d(flat, 36) + F.adaptive_max_pool1d(flat, 36)
+    y = (
+        F.max_pool1d(flat, 3, 1, 1)
+        + F.avg_pool1d(flat, 3, 1, 1)
+        + F.adaptive_avg_pool1d(flat, 36)
+        + F.adaptive_max_pool1d(flat, 36)
+    )
     y = y + F.interpolate(flat, size) + F.interpolate(flat, size, mode="linear")
     y = y + aten.upsample_nearest1d.default(flat, size) + aten.upsample_linear1d.default(flat, size, False)
-    y = y + aten.reflection_pad1d.default(flat, [1, 1])[..., 1:-1] + aten.replication_pad1d.default(flat, [1, 1])[..., 1:-1]
+    y = (
+        y
+        + aten.reflection_pad1d.default(flat, [1, 1])[..., 1:-1]
+        + aten.replication_pad1d.default(flat, [1, 1])[..., 1:-1]
+    )
     return y.view(x.shape)
 
 
 def every_volume_pool(x: Tensor) -> Tensor:
     deep = x.unflatten(2, (2, 3))
     size = deep.shape[2:]
-    y = F.max_pool3d(deep, (1, 3, 3), 1, (0, 1, 1)) + F.avg_pool3d(deep, (1, 3, 3), 1, (0, 1, 1)) + F.adaptive_avg_pool3d(deep, size) + F.adaptive_max_pool3d(deep, size)
+    y = (
+        F.max_pool3d(deep, (1, 3, 3), 1, (0, 1, 1))
+        + F.avg_pool3d(deep, (1, 3, 3), 1, (0, 1, 1))
+        + F.adaptive_avg_pool3d(deep, size)
+        + F.adaptive_max_pool3d(deep, size)
+    )
     y = y + F.interpolate(deep, size) + F.interpolate(deep, size, mode="trilinear")
     y = y + aten.upsample_nearest3d.default(deep, size) + aten.upsample_trilinear3d.default(deep, size, False)
     y = y + aten.reflection_pad3d.default(deep, [1] * 6)[..., 1:-1, 1:-1, 1:-1]
@@ -165,7 +211,13 @@ def every_volume_pool(x: Tensor) -> Tensor:
 
 
 def every_content(x: Tensor) -> Tensor:
-    y = torch.arange(6.0) + torch.arange(1, 7) + torch.arange(1, 13, 2) + torch.linspace(0, 1, 6) + torch.scalar_tensor(2.0)
+    y = (
+        torch.arange(6.0)
+        + torch.arange(1, 7)
+        + torch.arange(1, 13, 2)
+        + torch.linspace(0, 1, 6)
+        + torch.scalar_tensor(2.0)
+    )
     y = y + torch.eye(6) + torch.eye(6, 6)
     lower, upper = torch.tril_indices(6, 6)[:, :6].float(), torch.triu_indices(6, 6)[:, :6].float()
     return x + y + lower[0] + upper[1]

@@ -41,7 +41,9 @@ def every_pair(net: Net, x: Tensor) -> Tensor:
     y = torch.subtract(torch.multiply(y, z), z)
     y = torch.subtract(torch.multiply(y, 2.0), 1.0).negative()
     y = aten.multiply.Scalar(aten.subtract.Scalar(y, 1.0), 2.0)
-    y = y.masked_fill(aten.__or__.Tensor(z > 0, aten.__and__.Tensor(y > 0, z > 0)), 0.0).masked_fill(z > 1, torch.tensor(0.0))
+    y = y.masked_fill(aten.__or__.Tensor(z > 0, aten.__and__.Tensor(y > 0, z > 0)), 0.0).masked_fill(
+        z > 1, torch.tensor(0.0)
+    )
     return net.o(F.hardswish(F.relu6(y)) + torch.floor_divide(y, z.abs() + 3.0))
 
 

@@ -61,7 +61,7 @@ class Call:
         return self.outputs[0]
 
     def raw(self, name: str) -> Any:
-        """Argument ``name`` as it stands in the graph, nodes and all; the default where it is left out, None if unknown."""
+        """Argument ``name`` as it stands in the graph; its default where left out, None if unknown."""
         return raw_argument(self.node, name)
 
     def tensors(self) -> list[Labels]:
@@ -85,7 +85,7 @@ class Call:
 
 
 def raw_argument(node: fx.Node, name: str) -> Any:
-    """Argument ``name`` of a call as it stands in the graph; its default where left out, None if there is no such one."""
+    """Argument ``name`` of a call as it stands in the graph; its default where left out, None if unknown."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]  # an OpOverload
     for position, argument in enumerate(schema):
         if argument.name == name:

@@ -67,13 +67,13 @@ def product(flow: Flow, a: Labels, b: Labels) -> Labels:
 
 
 def addmm(flow: Flow, call: Call) -> Labels:
-    """Y = c + a @ b."""
+    """y = c + a @ b."""
     c, a, b = call.tensors()
     return flow.meet([c, product(flow, a, b)], call.shape)
 
 
 def einsum(flow: Flow, call: Call) -> Labels:
-    """Y = einsum(equation, operands), without ellipsis or repeated letters; otherwise everything is pinned."""
+    """y = einsum(equation, operands), without ellipsis or repeated letters; otherwise everything is pinned."""
     equation = str(call["equation"]).replace(" ", "")
     operands: list[Labels] = call["tensors"]
     inputs, arrow, out = equation.partition("->")
@@ -138,7 +138,8 @@ def _tie_joint(flow: Flow, joint: Plane, carried: Sequence[Plane]) -> None:
 def _channels(flow: Flow, labels: Labels, reason: str, structural: bool = False) -> Labels:
     """The first two dimensions of ``labels``; the others must stay as they are."""
     frozen = flow.freeze(labels, range(2, len(labels.shape)), reason, structural)
-    return Labels(labels.shape[:2], tuple(plane[(..., *(0,) * (plane.dim() - 2))] for plane in frozen.planes))
+    planes = [plane.flatten(2)[..., 0] if plane.dim() > 2 else plane for plane in frozen.planes]
+    return Labels(labels.shape[:2], tuple(planes))
 
 
 def _viewed(labels: Labels, shape: tuple[int, ...]) -> Labels:
@@ -146,7 +147,7 @@ def _viewed(labels: Labels, shape: tuple[int, ...]) -> Labels:
 
 
 def attention(flow: Flow, call: Call) -> Labels:
-    """Y = softmax(q k^T * scale + mask) v, over heads (batch), queries and keys (fixed) and the width of a head."""
+    """y = softmax(q k^T * scale + mask) v, over heads (batch), queries and keys (fixed) and the width of a head."""
     q, k, v = call["query"], call["key"], call["value"]
     if call.get("enable_gqa"):
         k, v = (_repeated(labels, q.shape[-3]) for labels in (k, v))

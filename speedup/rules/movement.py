@@ -13,12 +13,12 @@ aten = torch.ops.aten
 
 
 def reshape(flow: Flow, call: Call) -> Labels:
-    """Y = x in row-major order under another shape."""
+    """y = x in row-major order under another shape."""
     return _like_other(flow, call, flow.reshape(call.tensors()[0], call.shape))
 
 
 def literal(flow: Flow, call: Call) -> Labels | list[Labels]:
-    """Y = op(x) for an operator that reorders or drops whole dimensions: the planes go through the operator itself."""
+    """y = op(x) for an operator that reorders or drops whole dimensions: the planes go through the operator itself."""
     x = call.tensors()[0]
     arguments = {name: value for name, value in call.values.items() if not isinstance(value, Labels)}
     moved = [call.node.target(plane, **arguments) for plane in x.planes]  # type: ignore[operator]  # an OpOverload
@@ -28,7 +28,7 @@ def literal(flow: Flow, call: Call) -> Labels | list[Labels]:
 
 
 def along(flow: Flow, call: Call) -> Labels:
-    """Y = op(x) for an operator that acts along a few dimensions (roll, flip, slice, select by constant index)."""
+    """y = op(x) for an operator that acts along a few dimensions (roll, flip, slice, select by constant index)."""
     x = call.tensors()[0]
     touched = set(call.dims(len(x.shape), "dims" if "dims" in call.values else "dim"))
     return Labels(call.shape, tuple(_executed(call, plane, touched) for plane in x.planes))
@@ -89,7 +89,7 @@ def _cut(flow: Flow, x: Labels, dim: int, start: int, shape: tuple[int, ...]) ->
 
 
 def cat(flow: Flow, call: Call) -> Labels:
-    """Y = x_0, x_1, ... along ``dim``; across the other dimensions the operands are one."""
+    """y = x_0, x_1, ... along ``dim``; across the other dimensions the operands are one."""
     operands = [operand for operand in call["tensors"] if operand.shape != (0,)]
     dim = call.dim(len(call.shape))
     others = [
@@ -134,7 +134,7 @@ def stack(flow: Flow, call: Call) -> Labels:
 
 
 def pad(flow: Flow, call: Call) -> Labels:
-    """Y = x with constant borders: along a labelled dimension the border brings atoms of its own."""
+    """y = x with constant borders: along a labelled dimension the border brings atoms of its own."""
     x: Labels = call["self"]
     amounts: list[int] = list(call["pad"])
     rank = len(x.shape)
@@ -144,13 +144,13 @@ def pad(flow: Flow, call: Call) -> Labels:
         x = flow.freeze(x, borders, "is padded by reflection or repetition")
     planes = []
     for plane in x.planes:
-        shape = list(plane.shape)
+        padded, shape = plane, list(plane.shape)
         for dim, border in borders.items():
-            if dim in support(plane):
-                plane = _bordered(flow, plane, dim, border)
+            if dim in support(padded):
+                padded = _bordered(flow, padded, dim, border)
             shape[dim] = call.shape[dim]
-            plane = plane.expand(shape) if plane.shape[dim] == shape[dim] else narrowed(plane).expand(shape)
-        planes.append(plane)
+            padded = padded.expand(shape) if padded.shape[dim] == shape[dim] else narrowed(padded).expand(shape)
+        planes.append(padded)
     return Labels(call.shape, tuple(planes))
 
 
@@ -167,7 +167,7 @@ def _bordered(flow: Flow, plane: Plane, dim: int, border: tuple[int, int]) -> Pl
 
 
 def expand(flow: Flow, call: Call) -> Labels:
-    """Y = x repeated along dimensions of size 1: what is repeated can shrink, so it brings atoms of its own."""
+    """y = x repeated along dimensions of size 1: what is repeated can shrink, so it brings atoms of its own."""
     x = call.tensors()[0]
     missing = len(call.shape) - len(x.shape)
     old = (1,) * missing + x.shape
@@ -182,15 +182,15 @@ def _like_other(flow: Flow, call: Call, labels: Labels) -> Labels:
 
 
 def repeat(flow: Flow, call: Call) -> Labels:
-    """Y = x tiled: literal, and atoms of its own where a dimension of size 1 is repeated."""
+    """y = x tiled: literal, and atoms of its own where a dimension of size 1 is repeated."""
     x = call["self"]
     missing = len(call.shape) - len(x.shape)
     old = (1,) * missing + x.shape
     repeats = list(call["repeats"])
     planes = []
     for plane in x.planes:
-        plane = plane[(None,) * missing]
-        tiled = narrowed(plane).repeat([n if dim in support(plane) else 1 for dim, n in enumerate(repeats)])
+        wide = plane[(None,) * missing]
+        tiled = narrowed(wide).repeat([n if dim in support(wide) else 1 for dim, n in enumerate(repeats)])
         planes.append(tiled.expand(call.shape))
     grown = [dim for dim, n in enumerate(repeats) if n > 1 and old[dim] == 1 and dim not in call.batch_dims[0]]
     return Labels(call.shape, (*planes, *(flow.mint(call.shape, [dim]) for dim in grown)))
@@ -232,7 +232,7 @@ def embedding(flow: Flow, call: Call) -> Labels:
 
 
 def index(flow: Flow, call: Call) -> Labels:
-    """Y = x[..., index, ...]: indexed dimensions are frozen, the others are carried.
+    """y = x[..., index, ...]: indexed dimensions are frozen, the others are carried.
 
     A single one-dimensional constant index moves the planes literally.
     """
@@ -279,7 +279,7 @@ def pixel_shuffle(flow: Flow, call: Call) -> Labels:
         if dim not in support(plane):
             planes.append(narrowed(plane).expand(call.shape))
             continue
-        squares = plane.unflatten(dim, (-1, area))
+        squares = torch.unflatten(plane, dim, (-1, area))
         whole = flow.freeze(Labels(tuple(squares.shape), (squares,)), [dim + 1], "is moved between space and channels")
         planes += [narrowed(part.select(dim + 1, 0)).expand(call.shape) for part in whole.planes]
     return Labels(call.shape, tuple(planes))
@@ -298,7 +298,7 @@ def pixel_unshuffle(flow: Flow, call: Call) -> Labels:
 
 
 def scalar_index(flow: Flow, call: Call) -> Labels:
-    """Y = x[..., index, ...]: one index of a dimension is taken and the dimension is gone."""
+    """y = x[..., index, ...]: one index of a dimension is taken and the dimension is gone."""
     x = call["self"]
     dim = call.dim(len(x.shape))
     place = int(call["index"]) % x.shape[dim]
@@ -320,7 +320,7 @@ def unbind(flow: Flow, call: Call) -> list[Labels]:
 
 
 def sliced(flow: Flow, call: Call) -> Labels:
-    """Y = x[..., start:end:step, ...]."""
+    """y = x[..., start:end:step, ...]."""
     x = call["self"]
     dim = call.dim(len(x.shape))
     if call["step"] != 1:
@@ -332,7 +332,7 @@ def sliced(flow: Flow, call: Call) -> Labels:
 
 
 def squeeze(flow: Flow, call: Call) -> Labels:
-    """Y = x without dimensions of size 1."""
+    """y = x without dimensions of size 1."""
     x = call["self"]
     return Labels(call.shape, tuple(core_shape(plane, call.shape) for plane in x.planes))
 

@@ -23,7 +23,7 @@ def instance_norm(flow: Flow, call: Call) -> Labels:
 
 
 def layer_norm(flow: Flow, call: Call) -> Labels:
-    """Y = (x - mean) / sqrt(var + eps) * weight + bias, statistics over the last dimensions."""
+    """y = (x - mean) / sqrt(var + eps) * weight + bias, statistics over the last dimensions."""
     return flow.meet(call.tensors(), call.shape)
 
 
@@ -34,7 +34,7 @@ def group_norm(flow: Flow, call: Call) -> Labels:
     groups = int(call["num_groups"])
     if groups > 1:
         for plane in x.along(1):
-            rows = plane.unflatten(1, (groups, -1))
+            rows = torch.unflatten(plane, 1, (groups, -1))
             flow.block(rows, [1], slabs=flow.mint(rows.shape, [1]))
     return flow.meet([x, *(along_channels(vector, len(x.shape)) for vector in vectors)], call.shape)
 

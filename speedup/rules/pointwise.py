@@ -30,7 +30,7 @@ def prelu(flow: Flow, call: Call) -> Labels:
 
 
 def glu(flow: Flow, call: Call) -> Labels:
-    """Y = a * sigmoid(b) for the two halves a, b of x along ``dim``."""
+    """y = a * sigmoid(b) for the two halves a, b of x along ``dim``."""
     x = call["self"]
     dim = call.dim(len(x.shape))
     half = x.shape[dim] // 2

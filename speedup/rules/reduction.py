@@ -19,7 +19,7 @@ def _only(flow: Flow, call: Call) -> Labels:
 
 
 def reduced(flow: Flow, call: Call) -> Outcome:
-    """Y = sum (or mean, or norm) of x over ``dim``: channels may go, the masked reference counts those that are left."""
+    """y = sum (or mean, or norm) of x over ``dim``: channels may go, the masked reference counts what is left."""
     order = next((call[name] for name in ("ord", "p") if name in call.values), None)
     if isinstance(order, int | float) and order < 0:
         return chosen(flow, call)  # the smallest magnitude, or close to it: a removed zero would win
@@ -29,7 +29,7 @@ def reduced(flow: Flow, call: Call) -> Outcome:
 
 
 def chosen(flow: Flow, call: Call) -> Outcome:
-    """Y = max (or argmax, median, ...) of x over ``dim``, which must stay whole."""
+    """y = max (or argmax, median, ...) of x over ``dim``, which must stay whole."""
     x = _only(flow, call)
     dims = call.dims(len(x.shape))
     frozen = flow.freeze(x, dims, f"goes through {call.node.target} over its channels")
@@ -38,7 +38,7 @@ def chosen(flow: Flow, call: Call) -> Outcome:
 
 
 def whole(flow: Flow, call: Call) -> Outcome:
-    """Y = op(x) along ``dim``, which must stay whole (softmax, cumsum, sort, ...)."""
+    """y = op(x) along ``dim``, which must stay whole (softmax, cumsum, sort, ...)."""
     x = _only(flow, call)
     frozen = flow.freeze(x, call.dims(len(x.shape)), f"goes through {call.node.target} over its channels")
     planes = tuple(narrowed(plane) for plane in frozen.planes)
@@ -108,7 +108,7 @@ _FIXED = (
     "_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size",
 )  # fmt: skip
 
-RULES = {
+RULES: dict[object, Rule] = {
     **dict.fromkeys(_SUMS, Rule("reduction", reduced)),
     **dict.fromkeys(_CHOICES, Rule("reduction", chosen)),
     **dict.fromkeys(_WHOLE, Rule("mixing", whole)),
