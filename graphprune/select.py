@@ -221,7 +221,7 @@ def _cells(group: ChannelGroup) -> Index:
 
 
 def _leads_between_cells(turns: Index, sizes: Index) -> Iterator[NDArray[np.float64]]:
-    """Yields how far each row is ahead of the next in weights of cells, where a weave has finished every cell it began."""
+    """Yields how far each row is ahead of the next, in weights of cells, where no cell of a weave is half done."""
     rows = turns.shape[1]
     sequence = turns.reshape(-1)
     _, first = np.unique(sequence, return_index=True)

@@ -1571,6 +1571,10 @@ class PixelShuffle(Op, weight=3):
     def draw(cls, choose: Choose, *shapes: Shape) -> Settings:
         return {"how": choose(["library", "view"])}
 
+    @classmethod
+    def over_space(cls, settings: Settings) -> str:
+        return "opens" if settings["how"] == "view" else "mixes"
+
     def forward(self, x: Tensor) -> Tensor:
         if self.how == "library":
             return F.pixel_shuffle(x, 2)
