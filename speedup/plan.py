@@ -68,8 +68,8 @@ class ShrinkPlan:
                 or not 0 <= int(where.min()) <= int(where.max()) < tensor.shape[1]
             ):
                 raise PlanError(
-                    f"{name}: the plan keeps inputs of {len(where)} outputs, up to {int(where.max())}, but what is left "
-                    f"has shape {tuple(tensor.shape)}. Use the model that the plan was made for."
+                    f"{name}: the plan keeps inputs of {len(where)} outputs, up to {int(where.max())}, but what "
+                    f"is left has shape {tuple(tensor.shape)}. Use the model that the plan was made for."
                 )
             where = where.reshape(*where.shape, *(1,) * (tensor.dim() - 2))
             tensor = tensor.gather(1, where.expand(*where.shape[:2], *tensor.shape[2:]))

@@ -243,6 +243,10 @@ def execute(node: fx.Node, values: Mapping[str, Any]) -> Any:
     args, kwargs = pytree.tree_map(_exact_type, (tuple(args), dict(kwargs)))
     if node.target in _UNSET:
         return torch.zeros(args[-1], dtype=kwargs.get("dtype") or torch.float64)
+    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # both graphs draw the same numbers
+            return node.target(*args, **kwargs)  # type: ignore[operator]  # call_function nodes hold callables
     return node.target(*args, **kwargs)  # type: ignore[operator]  # call_function nodes hold callables
 
 

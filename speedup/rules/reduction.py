@@ -92,7 +92,7 @@ _WHOLE = (
 _PLANAR = (
     "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "max_pool2d_with_indices",
     "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_nearest_exact2d",
-    "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "lp_pool2d", "fractional_max_pool2d", "reflection_pad2d",
+    "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "lp_pool2d", "reflection_pad2d",
     "replication_pad2d", "grid_sampler_2d", "tril", "triu",
 )  # fmt: skip
 _LINEAR = (
