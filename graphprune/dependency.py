@@ -304,8 +304,7 @@ def _group(
 ) -> ChannelGroup:
     pinned = analysis.classes.pin_of >= 0
     units, unit = np.unique(unit_of[classes], return_inverse=True)
-    locked = np.zeros(len(units), dtype=np.bool_)
-    locked[unit[pinned[classes]]] = True
+    locked = np.isin(units, unit_of[pinned])
     local = np.full(analysis.classes.count, -1, dtype=np.int64)
     local[classes] = unit
     for block in counted:  # a row that is counted stays, and so does what is tied to its slab

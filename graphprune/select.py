@@ -97,6 +97,8 @@ def _targets(
     """Units to keep of each group."""
     if scope == "local":
         return {group.index: group.units - _removed(group.size, sparsity) for group in groups}
+    if not groups:
+        return {}
     free = {group.index: np.flatnonzero(~group.locked) for group in groups}
     values = [scores[group.index][free[group.index]] for group in groups]
     relative = [value / mean if (mean := value.mean()) > 0 else value for value in values]

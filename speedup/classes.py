@@ -185,6 +185,11 @@ def solve(flow: Flow) -> Classes:
     pin_of = np.full(count, -1, dtype=np.int64)
     for position in range(len(flow.pins) - 1, -1, -1):
         pin_of[of[flow.pins[position][1]]] = position
+    for block in flow.blocks:
+        if block.slabs is not None:  # a row with a fixed member never goes, nor does what counts it
+            fixed = pin_of[of[block.members]].max(axis=1)
+            slabs = of[block.slabs]
+            pin_of[slabs] = np.where(pin_of[slabs] >= 0, pin_of[slabs], fixed)
     blocks: dict[tuple[object, ...], Block] = {}
     for block in flow.blocks:
         rows = of[block.members]
