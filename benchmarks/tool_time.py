@@ -89,7 +89,7 @@ def once(tool: str, name: str) -> dict[str, Any]:
     }
 
 
-def measured(tool: str, name: str, limit: int = 300) -> dict[str, Any]:
+def measured(tool: str, name: str, limit: int) -> dict[str, Any]:
     """One run in a process of its own."""
     command = [sys.executable, "-W", "ignore", __file__, "--once", tool, name]
     try:
@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS))
     parser.add_argument("--once", nargs=2, metavar=("TOOL", "NETWORK"))
     parser.add_argument("--profile", metavar="NETWORK")
+    parser.add_argument("--limit", type=int, default=60, help="seconds that one run may take")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     if given.once:
@@ -151,7 +152,7 @@ def main() -> None:
     for _ in range(given.rounds):
         for name in given.networks:
             for tool in TOOLS:
-                runs.setdefault((tool, name), []).append(measured(tool, name))
+                runs.setdefault((tool, name), []).append(measured(tool, name, given.limit))
     if given.json:
         given.json.write_text(json.dumps({f"{tool} {name}": found for (tool, name), found in runs.items()}, indent=1))
     report(given.networks, runs)

@@ -27,8 +27,6 @@ from speedup.proof import prove
 from speedup.rules import RULES, pointwise, rule_for
 from speedup.shrink import shrink_graph
 
-BUGS = "/opt/gp/bugs/{}.py"
-
 
 class Net(nn.Module):
     """A module from a function of itself and its inputs; tensors among its parts become buffers."""
@@ -88,7 +86,7 @@ def conv(inputs: int, outputs: int, kernel: int = 3, **options: Any) -> nn.Conv2
 
 def parameters(cases: tuple[Case, ...]) -> pytest.MarkDecorator:
     """The decorator that runs a test for each of the cases."""
-    marks = {case.name: pytest.mark.xfail(strict=True, reason=BUGS.format(case.bug)) for case in cases if case.bug}
+    marks = {case.name: pytest.mark.xfail(strict=True, reason=case.bug.replace("_", " ")) for case in cases if case.bug}
     values = [pytest.param(case, id=case.name, marks=marks.get(case.name, ())) for case in cases]
     return pytest.mark.parametrize("case", values)
 

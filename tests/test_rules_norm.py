@@ -244,7 +244,6 @@ REDUCTIONS = (
         image(),
         (A8,),
         mixes=True,  # it is never the same
-        bug="noise_in_eval",
     ),
     Case(
         "fractional_pooling_pins",
@@ -253,7 +252,6 @@ REDUCTIONS = (
         (HEAD,),
         {"a.weight/0": ""},
         mixes=True,  # it is never the same
-        bug="fractional_max_pool",
     ),
     Case("maximum_of_all_pins", gated(lambda x: x.max() - x.min()), image(), (HEAD,), {"a.weight/0": "goes through aten.m"}),
     Case("mean_over_channels", applied(lambda x: x - x.mean(1, keepdim=True)), image(), (A8,), mixes=True),
