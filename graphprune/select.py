@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -82,7 +83,7 @@ def select(
             continue
         asked = targets[group.index]
         wanted, note = _rounded(group, asked, round_to, min_channels)
-        keep = _best(group, unit_scores[group.index], asked, wanted, round_to)
+        keep = _best(group, unit_scores[group.index], asked, wanted, round_to, min_channels)
         live[group.classes[~keep[group.unit_of]]] = False
         kept = int(keep.sum())
         if kept != wanted:
@@ -131,14 +132,14 @@ def _multiple(count: float, step: int, size: int) -> int:
     return min(max(int(count // step) * step, step), size)
 
 
-def _best(group: ChannelGroup, scores: Scores, asked: int, wanted: int, round_to: int) -> Mask:
+def _best(group: ChannelGroup, scores: Scores, asked: int, wanted: int, round_to: int, min_channels: int) -> Mask:
     """The ``wanted`` units of highest score that leave every block rectangular, shape (units,)."""
     if group.counts or group.equals or group.weaves:
-        return _best_rectangular(group, scores, asked / group.units, round_to)
+        return _best_rectangular(group, scores, partial(_axis_count, asked / group.units, round_to, min_channels))
     keep = _highest(group, scores, wanted)
     if all(keep[units].any() for units in (*group.axes, *group.parts)):
         return keep
-    return _best_rectangular(group, scores, wanted / group.units, 1)
+    return _best_rectangular(group, scores, partial(_axis_count, wanted / group.units, 1, min_channels))
 
 
 def _highest(group: ChannelGroup, scores: Scores, wanted: int) -> Mask:
@@ -150,25 +151,30 @@ def _highest(group: ChannelGroup, scores: Scores, wanted: int) -> Mask:
     return keep
 
 
-def _best_rectangular(group: ChannelGroup, scores: Scores, share: float, step: int) -> Mask:
-    """The units of highest score that leave every block rectangular when each axis keeps ``share`` of its channels.
+def _axis_count(share: float, step: int, least: int, size: int) -> int:
+    """What an axis of ``size`` channels should keep: its share, rounded down, but not under ``least`` rounded up."""
+    return min(max(_multiple(share * size + 1e-9, step, size), -(-least // step) * step), size)
+
+
+def _best_rectangular(group: ChannelGroup, scores: Scores, target: Callable[[int], int]) -> Mask:
+    """The units of highest score that leave every block rectangular when each axis keeps ``target`` of its channels.
 
     Equal parts of a split stay equal if they can: nested halves of halves need counts that can be halved.
     """
     for equals in dict.fromkeys((bool(group.equals), False)):
-        keep = _solved(group, (*group.counts, *(group.equals if equals else ())), scores, share, step)
+        keep = _solved(group, (*group.counts, *(group.equals if equals else ())), scores, target)
         if keep is not None:
             return keep
-    keep = _approached(group, scores, share, step)
+    keep = _approached(group, scores, target)
     return np.ones(group.units, dtype=np.bool_) if keep is None else keep
 
 
-def _approached(group: ChannelGroup, scores: Scores, share: float, step: int) -> Mask | None:
+def _approached(group: ChannelGroup, scores: Scores, target: Callable[[int], int]) -> Mask | None:
     """One integer program over units whose axes may miss their counts at a price: for counts that cannot all be met."""
     program = _Program(np.ones(group.units))
     for axis in group.axes:
         weights = np.bincount(axis, minlength=group.units).astype(float)
-        program.aim(weights, _multiple(share * len(axis) + 1e-9, step, len(axis)))
+        program.aim(weights, target(len(axis)))
     for table in group.counts:
         for row in table[1:]:
             program.between((row - table[0]).astype(float), 0, 0)
@@ -180,7 +186,7 @@ def _approached(group: ChannelGroup, scores: Scores, share: float, step: int) ->
     return None if keep is None else keep > 0.5
 
 
-def _solved(group: ChannelGroup, tables: Sequence[Index], scores: Scores, share: float, step: int) -> Mask | None:
+def _solved(group: ChannelGroup, tables: Sequence[Index], scores: Scores, target: Callable[[int], int]) -> Mask | None:
     """Two integer programs: how many units stay of each cell, then which; None where the counts cannot be met.
 
     Units of one cell stand in the same axes and in the same rows. An axis may miss its count at a price.
@@ -190,7 +196,7 @@ def _solved(group: ChannelGroup, tables: Sequence[Index], scores: Scores, share:
     counting = _Program(sizes)
     for axis in group.axes:
         weights = np.bincount(cell_of[axis], minlength=len(sizes)) / sizes
-        counting.aim(weights, _multiple(share * len(axis) + 1e-9, step, len(axis)))
+        counting.aim(weights, target(len(axis)))
     for table in tables:
         by_cell = np.stack([np.bincount(cell_of, weights=row, minlength=len(sizes)) / sizes for row in table])
         for row in by_cell[1:]:

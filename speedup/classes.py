@@ -188,8 +188,8 @@ def solve(flow: Flow) -> Classes:
     for block in flow.blocks:
         if block.slabs is not None:  # a row with a fixed member never goes, nor does what counts it
             fixed = pin_of[of[block.members]].max(axis=1)
-            slabs = of[block.slabs]
-            pin_of[slabs] = np.where(pin_of[slabs] >= 0, pin_of[slabs], fixed)
+            counting = of[block.slabs]
+            pin_of[counting] = np.where(pin_of[counting] >= 0, pin_of[counting], fixed)
     blocks: dict[tuple[object, ...], Block] = {}
     for block in flow.blocks:
         rows = of[block.members]

@@ -326,6 +326,21 @@ def test_an_excluded_member_of_a_sum_holds_all_of_it() -> None:
     assert (small.a.weight.shape[0], small.o.weight.shape[0]) == (8, 3)
 
 
+@pytest.mark.xfail(strict=True, reason="/opt/gp/bugs/exclude_a_tied_module.py")
+def test_an_excluded_module_whose_weight_is_tied() -> None:
+    net = Net(
+        lambda n, x: n.h(n.e(x) * n.m(n.l(n.e(x)))),
+        e=nn.Embedding(20, 8),
+        l=nn.Linear(8, 6),
+        m=nn.Linear(6, 8),
+        h=nn.Linear(8, 20, bias=False),
+    )
+    net.h.weight = net.e.weight
+    for name in ("e", "h", "m"):
+        small = graphprune.compress(net, torch.randint(0, 20, (2, 5)), 0.5, round_to=1, exclude=(name,)).model
+        assert small.e.weight.shape == (20, 4 if name == "h" else 8) and small.l.weight.shape[0] == 3
+
+
 @pytest.mark.parametrize("option", ["exclude", "only"])
 def test_a_name_that_no_module_has(option: str) -> None:
     net = Net(lambda n, x: n.head(n.stem(x)), stem=conv(3, 8), head=conv(8, 2))
