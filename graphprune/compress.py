@@ -7,7 +7,6 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from torch import nn
 
 from graphprune.budget import Cost, cost
@@ -143,7 +142,8 @@ def _check(analysis: Analysis, request: Request) -> None:
     """Refuses weights that are not numbers and, if strict, operators without a rule."""
     for name in analysis.parameters:
         tensor = attribute(analysis.captured.graph_module, name)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        learned = isinstance(tensor, nn.Parameter)  # a buffer may hold a mask of -inf
+        if tensor.is_floating_point() and bool((~tensor.isfinite() if learned else tensor.isnan()).any()):
             raise ModelError(f"{name}: holds values that are not finite. Load weights that are.")
     if request.strict and analysis.unknown:
         node = analysis.unknown[0]
@@ -154,9 +154,14 @@ def _spared(model: nn.Module, request: Request) -> Callable[[ChannelGroup], str 
     """Returns the function that says why a group is left alone: --exclude and --only, by module."""
     names = [name for name, _ in model.named_modules() if name]
     excluded, wanted = (_matching(names, patterns) for patterns in (request.exclude, request.only))
+    owners: dict[int, set[str]] = {}  # a tied weight has several
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in tensors.items():
+        owners.setdefault(id(tensor), set()).add(name.rpartition(".")[0])
 
     def spared(group: ChannelGroup) -> str | None:
-        producers = {member.module for member in group.members if member.role == "out"}
+        outs = [member for member in group.members if member.role == "out"]
+        producers = set().union(*(owners.get(id(tensors.get(m.tensor)), {m.module}) for m in outs))
         if hit := sorted(producers & excluded):
             return f"excluded by name ({hit[0]})"
         if request.only and not producers & wanted:
@@ -184,5 +189,5 @@ def _check_something_goes(dependencies: DependencyGraph, selection: Selection, r
         return
     notes = [(choice.group.pin is None, choice.note) for choice in selection.choices if choice.note]
     reasons = [note for free, note in notes if free] or [note for _, note in notes if "kernel" not in note]
-    why = max(set(reasons), key=reasons.count) if reasons else "it has no channels that could go"
+    why = max(dict.fromkeys(reasons), key=reasons.count) if reasons else "it has no channels that could go"
     raise ModelError(f"model: nothing can be pruned ({why}). Look at its groups with graphprune inspect.")

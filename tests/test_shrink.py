@@ -31,7 +31,7 @@ def compressed(model: nn.Module, x: Any, **options: Any) -> Result:
 
 
 def bug(name: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=f"/opt/gp/bugs/{name}.py")
+    return pytest.mark.xfail(strict=True, reason=name.replace("_", " "))
 
 
 class Heads(nn.Module):
