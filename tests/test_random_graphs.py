@@ -233,6 +233,7 @@ def evaluated(model: nn.Module) -> Iterator[nn.Module]:
         torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
+@pytest.mark.slow
 def test_generator_reaches_every_operation() -> None:
     """Two thousand programs hold every operation, most of them in networks that the masked weights can check."""
     import random
