@@ -185,11 +185,7 @@ def solve(flow: Flow) -> Classes:
     pin_of = np.full(count, -1, dtype=np.int64)
     for position in range(len(flow.pins) - 1, -1, -1):
         pin_of[of[flow.pins[position][1]]] = position
-    for block in flow.blocks:
-        if block.slabs is not None:  # a row with a fixed member never goes, nor does what counts it
-            fixed = pin_of[of[block.members]].max(axis=1)
-            counting = of[block.slabs]
-            pin_of[counting] = np.where(pin_of[counting] >= 0, pin_of[counting], fixed)
+    _pin_slabs(flow, of, pin_of)
     blocks: dict[tuple[object, ...], Block] = {}
     for block in flow.blocks:
         rows = of[block.members]
@@ -215,6 +211,19 @@ def _components(size: int, pairs: Sequence[tuple[Index, Index]]) -> tuple[Index,
     links = coo_array((np.ones(len(rows), dtype=np.int8), (rows, columns)), shape=(size, size))
     count, of = connected_components(links, directed=False)
     return of.astype(np.int64), int(count)
+
+
+def _pin_slabs(flow: Flow, of: Index, pin_of: Index) -> None:
+    """Fixes every slab with a fixed member in its row: the row never goes, nor does what counts it, and so on."""
+    while True:
+        before = pin_of.copy()
+        for block in reversed(flow.blocks):  # what counts rows may be counted further up
+            if block.slabs is not None:
+                fixed = pin_of[of[block.members]].max(axis=1)
+                counting = of[block.slabs]
+                pin_of[counting] = np.where(pin_of[counting] >= 0, pin_of[counting], fixed)
+        if (pin_of == before).all():
+            return
 
 
 def _woven(block: Block, merges: Sequence[Index], of: Index) -> Iterator[tuple[Index, Index]]:

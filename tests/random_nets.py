@@ -2788,7 +2788,7 @@ class _Builder:
         pairs = [
             (k, operands)
             for k, step in enumerate(self.steps)
-            if step.again is None
+            if step.again is None and step.op != "Embedding"
             for operands in self._like(step.operands)
         ]
         if pairs:

@@ -91,6 +91,18 @@ class Spare(nn.Module):
         return (y, self.aux(x)) if self.training else y
 
 
+def scaled_heads(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+    y = net.a(x)
+    y = (y.unflatten(1, (2, 4)) * net.w).flatten(1, 2)
+    return net.d(y), net.o(net.b(x))
+
+
+def without_gradients(net: Net, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = net.a(x)
+    return net.o(y)
+
+
 def twice(net: Net, x: Tensor) -> Tensor:
     return net.o(net.c(net.c(net.a(x)).relu()))
 
@@ -136,6 +148,20 @@ CASES = (
         Spare,
         image(),
         (A8,),
+    ),
+    Case(
+        "fixed_rows_of_rows",
+        lambda: Net(scaled_heads, a=conv(3, 8), w=weight(2, 1, 1, 1), d=conv(8, 16, groups=8), b=conv(3, 8), o=conv(8, 2)),
+        image(),
+        ("8: b.weight/0 b.bias/0 o.weight/1",),
+        {"a.weight/0": "is an output", "w/0": "is an output"},
+    ),
+    Case(
+        "no_grad_inside_forward",
+        lambda: Net(without_gradients, a=conv(3, 8), o=conv(8, 2)),
+        image(),
+        (A8,),
+        bug="a part without gradients is an operator of its own",
     ),
     Case(
         "output_used_twice",

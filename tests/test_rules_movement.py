@@ -254,6 +254,14 @@ CUTS = (
         ("4: a.weight/0*4 a.bias/0*4", "4: a.weight/0*4 a.bias/0*4 o.weight/1"),
     ),
     Case(
+        "mask_as_an_index_pins",
+        lambda: Net(lambda n, x: n.p(n.o(n.b(n.a(x)[:, n.m]))), a=conv(3, 8), m=torch.arange(8) % 3 > 0, b=conv(5, 8), o=conv(8, 6), p=conv(6, 2)),
+        image(),
+        ("8: b.weight/0 b.bias/0 o.weight/1", "6: o.weight/0 o.bias/0 p.weight/1"),
+        {"a.weight/0": ""},
+        bug="a size that depends on data has no number",
+    ),
+    Case(
         "index_from_the_input_pins",
         lambda: Net(lambda n, x: n.p(n.o(n.a(x).index_select(1, x[0, 0, 0, :4].abs().long()))), a=conv(3, 8), o=conv(4, 6), p=conv(6, 2)),
         image(),

@@ -86,6 +86,16 @@ NORMS = (
         mixes=True,
     ),
     Case(
+        "weight_standardised_by_batch_norm",
+        lambda: Net(
+            lambda n, x: n.o(F.conv2d(n.a(x), F.batch_norm(n.w.reshape(1, 6, -1), None, None, training=True).reshape_as(n.w), padding=1)), a=conv(3, 8), w=weight(6, 8, 3, 3), o=conv(6, 2)
+        ),
+        image(),
+        ("8: a.weight/0 a.bias/0 w/1", "6: w/0 o.weight/1"),
+        mixes=True,
+        bug="batch norm in training mode mixes what it is not known to mix",
+    ),
+    Case(
         "grouped_weight_standardised",
         lambda: Net(
             lambda n, x: n.o(F.conv2d(n.a(x), (n.w - n.w.mean((1, 2, 3), keepdim=True)) / n.w.std((1, 2, 3), keepdim=True), padding=1, groups=2)), a=conv(3, 8), w=weight(8, 4, 3, 3), o=conv(8, 2)

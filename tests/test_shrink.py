@@ -126,6 +126,16 @@ def test_a_size_in_the_code_is_an_obstacle_that_is_named() -> None:
     assert place.startswith(f"{__file__}:") and "expected input" in reason
 
 
+@bug("differences are measured by the largest number of all")
+def test_large_numbers_hide_nothing() -> None:
+    class Masked(Heads):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).masked_fill(torch.ones(5, 12).tril().bool(), -1e9)
+
+    result = compressed(Masked(temperature=True), tokens())
+    assert isinstance(result.model, ShrunkGraph)
+
+
 def test_a_split_that_is_not_even_any_more_is_an_obstacle() -> None:
     net = Net(lambda n, x: n.o(n.a(x).split([3, 5], 1)[1]), a=conv(3, 8), o=conv(5, 2))
     assert isinstance(compressed(net, image()).model, ShrunkGraph)
