@@ -36,8 +36,8 @@ def graphprune_once(model: Any, example: Any) -> dict[str, float]:
     from graphprune.select import select
     from speedup.analysis import analyse
     from speedup.capture import capture
+    from speedup.cut import shrink_graph
     from speedup.planning import make_plan
-    from speedup.shrink import shrink_graph
 
     marks = [time.perf_counter()]
     captured = capture(model, example)

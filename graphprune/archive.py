@@ -21,6 +21,7 @@ from torch.utils._sympy import functions
 
 from graphprune.errors import ModelError
 from speedup.capture import quiet
+from speedup.errors import first_line
 
 _DISTRUST = "Do not use this file; compress the model again."
 _MEMBERS = re.compile(
@@ -49,10 +50,9 @@ def save_program(program: ExportedProgram, path: Path) -> None:
     except OSError:
         raise
     except Exception as error:  # torch.export has no common error class
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
-            f"{path.name}: torch.export cannot save the model ({reason}). Take and return tensors, tuples, lists and "
-            "dictionaries only."
+            f"{path.name}: torch.export cannot save the model ({first_line(error)}). Take and return tensors, tuples, "
+            "lists and dictionaries only."
         ) from error
 
 

@@ -18,12 +18,13 @@ from graphprune.weights import read_weights
 from speedup.agreement import compare, tensors
 from speedup.analysis import Analysis, analyse, attribute
 from speedup.atoms import Mask
-from speedup.capture import Captured, batch_size, captured_from
+from speedup.capture import Captured, captured_from
+from speedup.cut import ShrunkGraph, shrink_graph
 from speedup.errors import PlanError, ProofError
+from speedup.inputs import batch_size
 from speedup.plan import ShrinkPlan
 from speedup.planning import live_from_keep, make_plan
 from speedup.proof import prove
-from speedup.shrink import ShrunkGraph, shrink_graph
 
 _REMEDY = "Compress the model again."
 

@@ -13,7 +13,8 @@ from graphprune.errors import ModelError
 from speedup.analysis import attribute, tensor_names
 from speedup.capture import Captured
 from speedup.plan import ShrinkPlan
-from speedup.shrink import Repair, Shrunk
+from speedup.repair import Repair
+from speedup.shrink import Shrunk
 
 FORMAT = 1
 _REMEDY = "Use the model that was compressed."

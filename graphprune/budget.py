@@ -1,16 +1,17 @@
 """What a graph costs: parameters and multiply-accumulates, for the whole and for each layer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from speedup.capture import Captured, batch_size
+from speedup.capture import Captured
+from speedup.inputs import batch_size
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,17 @@ class Cost:
 class _Counting(fx.Interpreter):
     """Runs a graph and writes down the operations of each layer."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, copied: Callable[[Tensor], Tensor]) -> None:
         super().__init__(module)
         self.flops: dict[str, int] = {}
+        self.copied = copied
+        """Gives a stand-in for a tensor of the module or an input, which the graph may overwrite."""
+
+    def placeholder(self, *args: Any) -> Any:
+        return pytree.tree_map_only(Tensor, self.copied, super().placeholder(*args))
+
+    def get_attr(self, *args: Any) -> Any:
+        return pytree.tree_map_only(Tensor, self.copied, super().get_attr(*args))
 
     def run_node(self, n: fx.Node) -> Any:
         with FlopCounterMode(display=False) as counter:
@@ -48,14 +57,16 @@ class _Counting(fx.Interpreter):
 
 
 def cost(module: fx.GraphModule, captured: Captured) -> Cost:
-    """Returns what ``module``, the captured graph or a shrunk one, costs; nothing is computed, only shapes."""
+    """Returns what ``module``, the captured graph or a shrunk one, costs; computed on shapes alone."""
     batch = batch_size((captured.args, captured.kwargs))
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        fake = pytree.tree_map(
-            lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, captured.flat_inputs()
-        )
-        counting = _Counting(module)
-        counting.run(*fake, enable_io_processing=False)
+    with torch.no_grad():
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                counting = _Counting(module, mode.from_tensor)
+                counting.run(*captured.flat_inputs(), enable_io_processing=False)
+        except DynamicOutputShapeException:  # a mask as an index: how many it takes is no shape
+            counting = _Counting(module, Tensor.clone)
+            counting.run(*captured.flat_inputs(), enable_io_processing=False)
     return Cost(
         params=sum(parameter.numel() for parameter in module.parameters()),
         macs=sum(counting.flops.values()) // 2 // batch,

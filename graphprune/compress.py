@@ -12,12 +12,13 @@ from torch import nn
 from graphprune.budget import Cost, cost
 from graphprune.config import Request, closest
 from graphprune.criteria import CRITERIA
-from graphprune.dependency import ChannelGroup, DependencyGraph, find_groups
+from graphprune.dependency import ChannelGroup, DependencyGraph, Member, find_groups
 from graphprune.errors import ConfigError, ModelError
 from graphprune.report import Report, build_report
 from graphprune.select import Selection, select
 from speedup.analysis import Analysis, analyse, attribute
-from speedup.capture import ExampleInputs, capture
+from speedup.capture import capture
+from speedup.inputs import ExampleInputs
 from speedup.plan import ShrinkPlan
 from speedup.planning import make_plan
 from speedup.proof import prove
@@ -108,7 +109,7 @@ def compress(
         scope=request.scope,
         round_to=block,
         min_channels=request.min_channels,
-        spared=_spared(model, request),
+        spared=_spared(analysis, request),
     )
     _check_something_goes(dependencies, selection, request)
     plan = stage("plan", make_plan, analysis, selection.live)
@@ -150,8 +151,9 @@ def _check(analysis: Analysis, request: Request) -> None:
         raise ModelError(f"{node.name}: operator {node.target} has no rule. Leave out --strict to pin what reaches it.")
 
 
-def _spared(model: nn.Module, request: Request) -> Callable[[ChannelGroup], str | None]:
+def _spared(analysis: Analysis, request: Request) -> Callable[[ChannelGroup], str | None]:
     """Returns the function that says why a group is left alone: --exclude and --only, by module."""
+    model = analysis.captured.model
     names = [name for name, _ in model.named_modules() if name]
     excluded, wanted = (_matching(names, patterns) for patterns in (request.exclude, request.only))
     owners: dict[int, set[str]] = {}  # a tied weight has several
@@ -159,9 +161,15 @@ def _spared(model: nn.Module, request: Request) -> Callable[[ChannelGroup], str 
     for name, tensor in tensors.items():
         owners.setdefault(id(tensor), set()).add(name.rpartition(".")[0])
 
+    def modules(group: ChannelGroup, member: Member) -> set[str]:
+        """The modules that produce the channels; of those that share a weight, the ones whose calls do."""
+        sharing = owners.get(id(tensors.get(member.tensor)), {member.module})
+        calls = analysis.producers(member.tensor, group.classes) if len(sharing) > 1 else []
+        callers = {path for node in calls for path, _ in list(node.meta.get("nn_module_stack", {}).values())[-1:]}
+        return sharing & callers or sharing
+
     def spared(group: ChannelGroup) -> str | None:
-        outs = [member for member in group.members if member.role == "out"]
-        producers = set().union(*(owners.get(id(tensors.get(m.tensor)), {m.module}) for m in outs))
+        producers = set().union(*(modules(group, member) for member in group.members if member.role == "out"))
         if hit := sorted(producers & excluded):
             return f"excluded by name ({hit[0]})"
         if request.only and not producers & wanted:

@@ -44,12 +44,12 @@ def fpgm(analysis: Analysis, seed: int) -> Scores:
     """sum_j norm2(W_c - W_j): slices close to the geometric median go first (He et al., FPGM, 2019)."""
 
     def spread(weight: Tensor, dims: list[int]) -> Tensor:
-        kept = [dim for dim in range(weight.dim()) if dim not in dims]
-        if len(kept) > 1:  # the inputs of a grouped weight: distances between the inputs of one output
-            slices = weight.permute(*kept, *dims).reshape(*(weight.shape[dim] for dim in kept), -1)
-            return torch.cdist(slices, slices).sum(-1)
-        slices = weight.movedim(kept[0], 0).reshape(weight.shape[kept[0]], -1)
-        return torch.cdist(slices, slices).sum(-1)
+        kept = [dim for dim in range(weight.dim()) if dim not in dims]  # two: the inputs of each output of a group
+        slices = weight.permute(*kept, *dims).reshape(*(weight.shape[dim] for dim in kept), -1).double()
+        norms = slices.square().sum(-1)
+        both = norms[..., :, None] + norms[..., None, :]
+        squares = both - 2 * slices @ slices.mT
+        return squares.where(squares > 1e-12 * both, 0.0).sqrt().sum(-1)  # what is left of equal slices is rounding
 
     return _summed(analysis, spread)
 

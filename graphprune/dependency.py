@@ -14,8 +14,9 @@ from torch import nn
 
 from speedup.analysis import Analysis, analyse
 from speedup.atoms import Block, Index, Labels, Mask, support
-from speedup.capture import ExampleInputs, capture
+from speedup.capture import capture
 from speedup.classes import Classes
+from speedup.inputs import ExampleInputs
 from speedup.rules import rule_for
 
 _KINDS: Mapping[object, str] = {operator.getitem: "slice"}
@@ -203,7 +204,7 @@ def _group_of(signature: NDArray[np.uint64], pinned: Mask, counting: Mask, block
         touched = block.members.reshape(-1)
         if block.slabs is not None:
             touched = np.concatenate([touched, block.slabs])
-        touched = np.unique(cell[touched[~pinned[touched] & ~counting[touched]]])
+        touched = np.unique(cell[touched[~counting[touched]]])
         rows.append(np.full(len(touched), touched[0] if len(touched) else 0))
         columns.append(touched)
     count = int(cell.max(initial=0)) + 1
@@ -284,12 +285,14 @@ def _members(analysis: Analysis, axes: Sequence[_Axis], group_of: Index) -> dict
     """The members of each group, groups in the order in which the graph first uses them."""
     found: dict[int, list[Member]] = {}
     for axis in axes:
-        user = analysis.users.get(axis.tensor)
+        users = analysis.users.get(axis.tensor, [])
         labels, channels = np.unique(group_of[axis.classes], return_counts=True)
         for label, count in zip(labels.tolist(), channels.tolist(), strict=True):
             inside = axis.classes[group_of[axis.classes] == label]
             role = "out" if analysis.produces(axis.tensor, inside) else "in"
-            found.setdefault(label, []).append(Member(axis.tensor, axis.dims, count, role, user.name if user else ""))
+            found.setdefault(label, []).append(
+                Member(axis.tensor, axis.dims, count, role, users[0].name if users else "")
+            )
     return found
 
 

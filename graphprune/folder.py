@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from graphprune.blueprint import Blueprint
 from graphprune.errors import ConfigError, ModelError
 from graphprune.weights import load_weights
-from speedup.capture import Captured, ExampleInputs, capture
-from speedup.shrink import repaired, shrink_graph
+from speedup.capture import Captured, capture
+from speedup.cut import shrink_graph
+from speedup.inputs import ExampleInputs
+from speedup.repair import repaired
 
 PLAN = "plan.json"
 WEIGHTS = "weights.safetensors"

@@ -60,7 +60,7 @@ def select(
         sparsity: Share that goes, in [0, 1).
         scope: ``local`` takes that share from each group, ``global`` from all of them by one ranking.
         round_to: What is kept of an axis is rounded down to a multiple of this, never below one multiple of it.
-        min_channels: Channels that every axis keeps at least.
+        min_channels: Channels that every axis keeps at least; rounded up to a multiple.
         spared: For each group a reason to leave it alone, or None.
     """
     live = np.ones(dependencies.analysis.classes.count, dtype=np.bool_)
@@ -117,19 +117,23 @@ def _removed(units: int, sparsity: float) -> int:
 def _rounded(group: ChannelGroup, asked: int, round_to: int, min_channels: int) -> tuple[int, str | None]:
     """Units to keep after rounding, and a note where that is not what was asked."""
     step = int(round_to // np.gcd(round_to, group.width))
-    least = min(max(1, -(-min_channels // group.width), group.units - group.size), group.units)
-    wanted = max(_multiple(asked, step, group.units), least)
+    least = max(_raised(-(-min_channels // group.width), step), group.units - group.size)
+    rounded = _multiple(asked, step, group.units)
+    wanted = min(max(rounded, least), group.units)
     if wanted > asked:
-        return (
-            wanted,
-            f"kept {wanted}, not {asked}: " + (f"at least {least}" if wanted == least else f"a multiple of {step}"),
-        )
+        why = f"at least {least}" if wanted > rounded else f"a multiple of {step}"
+        return wanted, f"kept {wanted}, not {asked}: {why}"
     return wanted, f"rounded to a multiple of {step}" if wanted < asked else None
 
 
 def _multiple(count: float, step: int, size: int) -> int:
     """``count`` rounded down to a multiple of ``step``, at least one multiple, at most ``size``."""
     return min(max(int(count // step) * step, step), size)
+
+
+def _raised(count: int, step: int) -> int:
+    """``count`` rounded up to a multiple of ``step``."""
+    return -(-count // step) * step
 
 
 def _best(group: ChannelGroup, scores: Scores, asked: int, wanted: int, round_to: int, min_channels: int) -> Mask:
@@ -153,7 +157,7 @@ def _highest(group: ChannelGroup, scores: Scores, wanted: int) -> Mask:
 
 def _axis_count(share: float, step: int, least: int, size: int) -> int:
     """What an axis of ``size`` channels should keep: its share, rounded down, but not under ``least`` rounded up."""
-    return min(max(_multiple(share * size + 1e-9, step, size), -(-least // step) * step), size)
+    return min(max(_multiple(share * size + 1e-9, step, size), _raised(least, step)), size)
 
 
 def _best_rectangular(group: ChannelGroup, scores: Scores, target: Callable[[int], int]) -> Mask:

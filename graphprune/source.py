@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from graphprune.config import closest
 from graphprune.errors import ConfigError, ModelError
 from graphprune.weights import load_weights
-from speedup.capture import ExampleInputs
+from speedup.inputs import ExampleInputs
 
 Evaluate = Callable[[nn.Module], float]
 

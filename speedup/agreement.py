@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from speedup.capture import ExampleInputs, _describe, _first_line, evaluating, split_inputs, with_batch
-from speedup.errors import ExportError
+from speedup.capture import evaluating
+from speedup.errors import ExportError, first_line
+from speedup.inputs import ExampleInputs, describe, split_inputs, with_batch
 
 TOLERANCE = 1e-4
 """Largest difference allowed, relative to the largest value of an output."""
@@ -69,13 +70,13 @@ def compare(
                 expected = tensors(model(*copied_args, **copied_kwargs))
             except Exception as error:  # whatever the user's code raises
                 raise ExportError(
-                    f"{type(model).__name__}: cannot be run with batch {batch} ({_first_line(error)}). Write no batch "
+                    f"{type(model).__name__}: cannot be run with batch {batch} ({first_line(error)}). Write no batch "
                     "into its code."
                 ) from error
             found = run(args, kwargs)
         if [tensor.shape for tensor in expected] != [tensor.shape for tensor in found]:
             raise ExportError(
-                f"{path}: returns {_describe(found)} for batch {batch}, the model {_describe(expected)}. Name the "
+                f"{path}: returns {describe(found)} for batch {batch}, the model {describe(expected)}. Name the "
                 "dimension where the model squeezes or asks for a size."
             )
         allowed = max(tolerance, 16 * _coarsest_step((*weights(model), *tensors((args, kwargs)), *expected)))

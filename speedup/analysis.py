@@ -61,22 +61,27 @@ class Analysis:
         return None
 
     @cached_property
-    def users(self) -> Mapping[str, fx.Node]:
-        """For each parameter by name the first node that computes with it."""
-        users: dict[str, fx.Node] = {}
+    def users(self) -> Mapping[str, list[fx.Node]]:
+        """For each parameter by name the nodes that compute with it."""
+        users: dict[str, list[fx.Node]] = {}
         for node in self.captured.nodes:
             for source in node.all_input_nodes:
                 if source.op == "get_attr" and node.op == "call_function":
-                    users.setdefault(self.aliases.get(str(source.target), str(source.target)), node)
+                    users.setdefault(self.aliases.get(str(source.target), str(source.target)), []).append(node)
         return users
 
+    def producers(self, name: str, classes: Index) -> list[fx.Node]:
+        """The nodes that compute with parameter ``name`` and give out the channels ``classes``."""
+        return [node for node in self.users.get(name, ()) if self._carries(self.labels[node.name], classes)]
+
     def produces(self, name: str, classes: Index) -> bool:
-        """Whether the channels ``classes`` of parameter ``name`` come out of the operator that uses it."""
-        outputs = self.labels[self.users[name].name] if name in self.users else []
+        """Whether the channels ``classes`` of parameter ``name`` come out of the first operator that uses it."""
+        return self._carries([self.labels[node.name] for node in self.users.get(name, ())[:1]], classes)
+
+    def _carries(self, labels: Any, classes: Index) -> bool:
         return any(
             np.isin(classes.reshape(-1)[:1], self.classes.plane(plane)).any()
-            for output in (outputs if isinstance(outputs, list) else [outputs])
-            if isinstance(output, Labels)
+            for output in _tensors(labels)
             for plane in output.planes
         )
 

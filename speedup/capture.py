@@ -1,4 +1,4 @@
-"""A model in, one graph of ATen calls out: the only place that knows ``torch.export``.
+"""A model in, one graph of ATen calls out, through ``torch.export``.
 
 The graph keeps composite operators (``conv2d``, ``linear``, ``layer_norm``, ...), every shape, the fully
 qualified name of every parameter and the line of Python that made each node.
@@ -9,20 +9,21 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.amp import autocast_mode
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
-from speedup.errors import CaptureError
-
-ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+from speedup.errors import CaptureError, first_line
+from speedup.inputs import ExampleInputs, attempts, batch_size, carries_batch, describe, split_inputs
 
 
 @dataclass(frozen=True)
@@ -61,39 +62,97 @@ class Captured:
         return pytree.tree_leaves((self.args, self.kwargs))
 
 
-def split_inputs(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns example inputs of any accepted form as positional and keyword arguments."""
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
+def capture(model: nn.Module, example_inputs: ExampleInputs) -> Captured:
+    """Returns ``model`` as a graph, with an open batch if its code allows one.
+
+    The model is captured in eval mode and is left as it was.
+
+    Args:
+        model: Any module that ``torch.export`` can capture whole.
+        example_inputs: A tensor, a tuple of positional inputs or a mapping of keyword inputs.
+
+    Raises:
+        CaptureError: The model raises on the example, or cannot be captured whole.
+    """
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, split_inputs(example_inputs))
+    refusal: CaptureError | None = None
+    with evaluating(model):
+        try:
+            with torch.no_grad():
+                model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+        except Exception as error:  # whatever the user's code raises is the user's to read
+            raise CaptureError(
+                f"{type(model).__name__}: raises {type(error).__name__} on the example inputs ({first_line(error)}). "
+                f"Check the shapes and types of the inputs: {describe((args, kwargs))}."
+            ) from error
+        for some_args, some_kwargs, dynamic in attempts(args, kwargs):
+            try:
+                return captured_from(to_program(model, some_args, some_kwargs, dynamic=dynamic), model)
+            except CaptureError as error:
+                refusal = refusal or error
+    assert refusal is not None
+    raise refusal
 
 
-def batch_size(inputs: Any) -> int:
-    """Returns the size of the first dimension of the first tensor found in ``inputs``, or 1."""
-    sizes = (t.shape[0] for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.dim())
-    return next(sizes, 1)
+def captured_from(program: ExportedProgram, model: nn.Module | None = None) -> Captured:
+    """Returns an exported program, fresh or loaded from a .pt2 file, as a graph.
+
+    Args:
+        program: Exported without decomposition, so that composite operators are whole.
+        model: The module it was exported from; if there is none any more, its graph stands for it.
+    """
+    with quiet():
+        graph_module = program.module(check_guards=False)
+    assert isinstance(graph_module, fx.GraphModule)
+    _normalise(graph_module)
+    graph_module.recompile()
+    args, kwargs = program.example_inputs
+    return Captured(graph_module if model is None else model, graph_module, args, kwargs, program)
 
 
-def with_batch(inputs: Any, batch: int) -> Any:
-    """Returns ``inputs`` with another batch: tensors that carry it are repeated or cut along dimension 0."""
-    present = batch_size(inputs)
+def to_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, dynamic: bool) -> ExportedProgram:
+    """Returns ``model`` as a program of ``torch.export``; if ``dynamic``, no input's batch is a constant in it.
 
-    def resize(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != present:
-            return leaf
-        rounds = -(-batch // present)
-        return leaf.repeat(rounds, *[1] * (leaf.dim() - 1))[:batch]
+    Args:
+        model: The model, in the mode in which it is wanted.
+        args: Positional inputs, for a dynamic batch with one of two or more.
+        kwargs: Keyword inputs, likewise.
+        dynamic: Whether the first dimension of every tensor that carries the batch is left open.
 
-    return pytree.tree_map(resize, inputs)
+    Raises:
+        CaptureError: ``torch.export`` cannot capture the model whole, or not with an open batch.
+    """
+    name = type(model).__name__
+    # One tensor that is given twice would become one input.
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+    batch = batch_size((args, kwargs))
+    parameters = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    shapes = pytree.tree_map(lambda leaf: {0: Dim.AUTO} if carries_batch(leaf, batch) else None, parameters)
+    try:
+        with quiet():
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes if dynamic else None, strict=False)
+    except Exception as error:  # torch.export has no common error class
+        raise CaptureError(
+            f"{name}: torch.export cannot capture it whole ({first_line(error)}). "
+            "Remove control flow that depends on data, or prune a submodule."
+        ) from error
+    values = {node.name: node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")}
+    inputs = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    for place, leaf in zip(inputs, pytree.tree_leaves((args, kwargs)), strict=True):
+        # AUTO makes a constant of a batch that the code turns into a number, and says nothing.
+        if dynamic and carries_batch(leaf, batch) and is_concrete_int(values[place].shape[0]):
+            raise CaptureError(f"{name}: its code makes a number of the batch of {place}. Leave it a size.")
+    return program
 
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Puts ``models`` into eval mode and gives each submodule its own mode back afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
+    """Puts ``models`` into eval mode; afterwards each submodule has its own mode and each buffer its content back."""
+    modules = [module for model in models for module in model.modules()]
+    modes = [(module, module.training) for module in modules]
     was_training = {model: model.training for model in models}
+    buffers = [(module, name, buffer) for module in modules for name, buffer in module.named_buffers(recurse=False)]
+    contents = [(buffer._version, buffer.detach().clone()) for _, _, buffer in buffers]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
         for model in models:
@@ -106,6 +165,10 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             model.train(was_training[model])
         for module, mode in modes:
             module.training = mode
+        for (module, name, buffer), (edition, content) in zip(buffers, contents, strict=True):
+            module._buffers[name] = buffer
+            if buffer._version != edition:
+                buffer.data.copy_(content)
 
 
 @contextmanager
@@ -121,101 +184,46 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def capture(model: nn.Module, example_inputs: ExampleInputs) -> Captured:
-    """Returns ``model`` as a graph whose batch dimension is dynamic.
-
-    The model is captured in eval mode and is left as it was. An example with a batch of one is repeated to two,
-    because ``torch.export`` takes a size of one for a constant.
-
-    Args:
-        model: Any module that ``torch.export`` can capture whole.
-        example_inputs: A tensor, a tuple of positional inputs or a mapping of keyword inputs.
-
-    Raises:
-        CaptureError: The model raises on the example, or cannot be captured whole.
-    """
-    name = type(model).__name__
-    args, kwargs = pytree.tree_map(_own, split_inputs(example_inputs))
-    with evaluating(model):
-        try:
-            with torch.no_grad():
-                model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
-        except Exception as error:  # whatever the user's code raises is the user's to read
-            raise CaptureError(
-                f"{name}: raises {type(error).__name__} on the example inputs ({_first_line(error)}). "
-                f"Check the shapes and types of the inputs: {_describe((args, kwargs))}."
-            ) from error
-        refusal: Exception | None = None
-        for some_args, some_kwargs, dynamic in _attempts(args, kwargs):
-            try:
-                exported = _export(model, some_args, some_kwargs, dynamic)
-            except Exception as error:  # noqa: BLE001   # torch.export has no common error class
-                refusal = refusal or error
-                continue
-            return captured_from(exported, model)
-    assert refusal is not None
-    raise CaptureError(
-        f"{name}: torch.export cannot capture it whole ({_first_line(refusal)}). "
-        "Remove control flow that depends on data, or prune a submodule."
-    ) from refusal
+_REGIONS = (torch.ops.higher_order.wrap_with_set_grad_enabled, torch.ops.higher_order.wrap_with_autocast)
+"""The operators that ``torch.export`` makes of a ``with torch.no_grad()`` or ``with torch.autocast()`` in a forward."""
 
 
-def captured_from(program: ExportedProgram, model: nn.Module | None = None) -> Captured:
-    """Returns an exported program, fresh or loaded from a .pt2 file, as a graph.
-
-    Args:
-        program: Exported without decomposition, so that composite operators are whole.
-        model: The module it was exported from; if there is none any more, its graph stands for it.
-    """
-    with quiet():
-        graph_module = program.module(check_guards=False)
-    assert isinstance(graph_module, fx.GraphModule)
-    for node in graph_module.graph.nodes:
-        if node.target is torch.ops.aten.view.default:  # whether a view is possible depends on type and device
+def _normalise(graph_module: fx.GraphModule) -> None:
+    """Makes views reshapes (whether a view is possible depends on type and device) and puts regions into the graph."""
+    for node in list(graph_module.graph.nodes):
+        if node.target is torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default
-    graph_module.recompile()
-    args, kwargs = program.example_inputs
-    return Captured(graph_module if model is None else model, graph_module, args, kwargs, program)
+        elif node.target in _REGIONS:
+            _inline(graph_module, node)
 
 
-def _own(leaf: Any) -> Any:
-    """A copy of a tensor: export takes one tensor that is given twice for one input."""
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
-
-
-def _attempts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], bool]]:
-    """Yields example inputs to try: a dynamic batch first, the example exactly as it is last."""
-    if batch_size((args, kwargs)) < 2:
-        wide_args, wide_kwargs = with_batch((args, kwargs), 2)
-        yield wide_args, wide_kwargs, True
-    else:
-        yield args, kwargs, True
-    yield args, kwargs, False
-
-
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool) -> ExportedProgram:
-    batch = batch_size((args, kwargs))
-
-    def spec(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and dynamic and leaf.dim() and leaf.shape[0] == batch:
-            return {0: Dim.AUTO}
-        return None
-
-    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    shapes = {name: pytree.tree_map(spec, value) for name, value in bound.items()}
-    with quiet():
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
-
-
-def _describe(inputs: Any) -> str:
-    parts = [
-        f"{'x'.join(map(str, leaf.shape)) or 'scalar'} {str(leaf.dtype).removeprefix('torch.')}"
-        for leaf in pytree.tree_leaves(inputs)
-        if isinstance(leaf, Tensor)
-    ]
-    return ", ".join(parts) or "no tensors"
+def _inline(graph_module: fx.GraphModule, region: fx.Node) -> None:
+    """Puts the nodes of a region into the graph, between calls that enter and leave its mode."""
+    place = next(i for i, argument in enumerate(region.args) if isinstance(argument, fx.Node))
+    settings, body, operands = region.args[:place], region.args[place], region.args[place + 1 :]
+    assert isinstance(body, fx.Node)
+    inner = graph_module.get_submodule(str(body.target))
+    assert isinstance(inner, fx.GraphModule)
+    _normalise(inner)
+    graph = graph_module.graph
+    copies: dict[fx.Node, Any] = dict(zip(inner.graph.find_nodes(op="placeholder"), operands, strict=True))
+    with graph.inserting_before(region):
+        if region.target is _REGIONS[0]:
+            before = graph.call_function(torch.is_grad_enabled)
+            graph.call_function(torch._C._set_grad_enabled, settings)
+        else:
+            before = graph.call_function(autocast_mode._enter_autocast, settings)
+        for node in inner.graph.nodes:
+            if node.op == "output":
+                results = fx.node.map_arg(node.args[0], lambda n: copies[n])
+            elif node.op != "placeholder":
+                copies[node] = graph.node_copy(node, lambda n: copies[n])
+        leave = torch._C._set_grad_enabled if region.target is _REGIONS[0] else autocast_mode._exit_autocast
+        graph.call_function(leave, (before,))
+    for user in list(region.users):
+        user.replace_all_uses_with(results[user.args[1]])
+        graph.erase_node(user)
+    graph.erase_node(region)
+    if not body.users:
+        graph.erase_node(body)
+        graph_module.delete_submodule(str(body.target))

@@ -19,3 +19,9 @@ class ProofError(SpeedupError):
 
 class ExportError(SpeedupError):
     """A file could not be written, or does not compute what the model computes."""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of what an error says, without a full stop; its class if it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__

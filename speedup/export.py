@@ -20,9 +20,9 @@ from torch.onnx.errors import OnnxExporterError
 from torch.utils import _pytree as pytree
 
 from speedup.agreement import TOLERANCE, Agreement, compare, tensors, weights
-from speedup.capture import ExampleInputs, _attempts, _first_line, batch_size, evaluating, quiet, split_inputs
-from speedup.errors import ExportError, SpeedupError
-from speedup.program import carries_batch, to_program
+from speedup.capture import evaluating, quiet, to_program
+from speedup.errors import ExportError, SpeedupError, first_line
+from speedup.inputs import ExampleInputs, attempts, batch_size, carries_batch, split_inputs
 from speedup.session import NUMPY_TYPES, ORT_ERRORS, NoKernel, one_line, open_session
 
 OPSETS = range(18, 26)
@@ -108,7 +108,7 @@ def export_pt2(model: nn.Module, example_inputs: ExampleInputs, path: Path | str
             torch.export.save(program, draft)
         except Exception as error:  # what cannot be serialised has no common error class
             raise ExportError(
-                f"{type(model).__name__}: torch.export cannot save it ({_first_line(error)}). Take and return plain "
+                f"{type(model).__name__}: torch.export cannot save it ({first_line(error)}). Take and return plain "
                 "tuples, lists and dictionaries of tensors."
             ) from error
         loaded = torch.export.load(draft).module()
@@ -117,7 +117,7 @@ def export_pt2(model: nn.Module, example_inputs: ExampleInputs, path: Path | str
             try:
                 return tensors(loaded(*args, **kwargs))
             except Exception as error:  # guards and operators raise what they like
-                raise ExportError(f"{path}: fails when loaded again ({_first_line(error)}). Use ONNX.") from error
+                raise ExportError(f"{path}: fails when loaded again ({first_line(error)}). Use ONNX.") from error
 
         return compare(run, draft, model, example_inputs, batches=batches)
 
@@ -150,7 +150,7 @@ def check_onnx(
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"{path}: is not valid ONNX ({_first_line(error)}). Use another opset.") from error
+        raise ExportError(f"{path}: is not valid ONNX ({first_line(error)}). Use another opset.") from error
     try:
         session = open_session(path, threads=None, provider="CPUExecutionProvider")
     except SpeedupError as error:
@@ -196,7 +196,7 @@ def _written(
     """
     reasons: list[str] = []
     with _draft(path) as draft, quiet(), evaluating(model):
-        for args, kwargs, dynamic in _attempts(*split_inputs(example_inputs)):
+        for args, kwargs, dynamic in attempts(*split_inputs(example_inputs)):
             batch = batch_size((args, kwargs))
             try:
                 program = to_program(model, args, kwargs, dynamic=dynamic)
@@ -235,7 +235,7 @@ def _translate(
         )
     except OnnxExporterError as error:
         operator = re.search(r"OpOverload\(op='([\w.]+)'", str(error))
-        fact = f"ONNX has no operator for {operator[1]}" if operator else f"torch.onnx fails ({_first_line(error)})"
+        fact = f"ONNX has no operator for {operator[1]}" if operator else f"torch.onnx fails ({first_line(error)})"
         raise ExportError(f"{who}: {fact}. Replace it in the model, or use a .pt2 file.") from error
     assert translated is not None
     if translated.model.opset_imports.get("", opset) != opset:  # the converter only logs it

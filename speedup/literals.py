@@ -102,6 +102,8 @@ def _split(remains: Remains) -> dict[str, Any]:
     target = remains.call.node.target
     if target is aten.chunk.default and parts == _chunks(sum(parts), int(remains.call["chunks"])):
         return {}
+    if target is aten.tensor_split.sections and parts == _sections(sum(parts), int(remains.call["sections"])):
+        return {}
     if target is aten.split.Tensor and parts[:-1] == parts[:1] * (len(parts) - 1) and 0 < parts[-1] <= parts[0]:
         return {"split_size": parts[0]}
     return {"split_size" if target is aten.split.sizes else "split_sizes": parts}
@@ -111,6 +113,11 @@ def _chunks(size: int, count: int) -> list[int]:
     """The sizes into which ``chunk`` cuts a dimension."""
     step = max(-(-size // count), 1)
     return [min(step, size - start) for start in range(0, size, step)]
+
+
+def _sections(size: int, count: int) -> list[int]:
+    """The sizes into which ``tensor_split`` cuts a dimension."""
+    return [size // count + (place < size % count) for place in range(count)]
 
 
 def _slice(remains: Remains) -> dict[str, Any]:
@@ -210,6 +217,11 @@ _CONVOLUTIONS = (
     aten.conv3d.padding, aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
 )  # fmt: skip
 
+_SPLITS = (
+    aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default,
+    aten.tensor_split.sections, aten.tensor_split.indices,
+)  # fmt: skip
+
 LITERALS: Mapping[Any, Callable[[Remains], dict[str, Any]]] = {
     aten.view.default: _sizes("size"),
     aten._unsafe_view.default: _sizes("size"),
@@ -223,7 +235,7 @@ LITERALS: Mapping[Any, Callable[[Remains], dict[str, Any]]] = {
     **dict.fromkeys((aten.layer_norm.default, aten.rms_norm.default), _normalized_shape),
     **dict.fromkeys(_CONVOLUTIONS, _groups("groups")),
     aten.group_norm.default: _groups("num_groups"),
-    **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default), _split),
+    **dict.fromkeys(_SPLITS, _split),
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     aten.index_select.default: _index_select,

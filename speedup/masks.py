@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from speedup.analysis import Analysis, analyse
 from speedup.atoms import Index, Mask, support
-from speedup.capture import ExampleInputs, capture
+from speedup.capture import capture
 from speedup.errors import PlanError
+from speedup.inputs import ExampleInputs
 from speedup.planning import make_plan
 from speedup.proof import Proof, prove
 from speedup.shrink import shrink

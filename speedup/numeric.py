@@ -20,15 +20,35 @@ def perturbed(value: Any, generator: torch.Generator) -> Any:
 
 
 def relative_difference(expected: Tensor, found: Tensor, floor: float = 0.0) -> float:
-    """Returns max |expected - found| / max(max |expected|, floor); infinite if nan or inf stand in other places."""
-    if not expected.numel():
-        return 0.0
+    """Returns the largest |expected - found| relative to the numbers around it; infinite if nan or inf stand elsewhere.
+
+    A number is measured by the largest one of its own order, and by ``floor`` at least: a mask of -1e9 hides nothing
+    beside it, and rounding of what has cancelled out counts for nothing.
+    """
+    if expected.is_complex():
+        expected, found = torch.view_as_real(expected), torch.view_as_real(found)
     finite = torch.isfinite(expected)
     if not torch.allclose(expected[~finite], found[~finite], equal_nan=True):
         return float("inf")
     expected, found = expected[finite], found[finite]
     if not expected.numel():
         return 0.0
-    scale = max(float(expected.abs().max()), floor)
-    gap = float((expected - found).abs().max())
-    return gap / scale if scale else gap
+    sizes, gaps = expected.abs(), (expected - found).abs()
+    if not torch.isfinite(gaps).all():
+        return float("inf")
+    worst = 0.0
+    for scale in _scales(sizes):
+        inside = sizes <= scale
+        gap = float(gaps[inside].max())
+        worst = max(worst, gap / max(scale, floor) if gap else 0.0)
+    return worst
+
+
+def _scales(sizes: Tensor) -> list[float]:
+    """The largest of ``sizes``, and before it every one after which they jump by four orders; a sample is looked at."""
+    largest = float(sizes.max()) or 1.0
+    sample = sizes[:: max(1, len(sizes) // 4096)]
+    ordered = sample[sample > 0].sort().values
+    few = max(3, len(ordered) // 50)  # a lone tiny number is no order of its own
+    jumps = torch.nonzero(ordered[few:] > 1e4 * ordered[few - 1 : -1]).flatten() if len(ordered) > few else ()
+    return [*(float(ordered[few - 1 + int(jump)]) for jump in jumps), largest]

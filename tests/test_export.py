@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from speedup.agreement import relative_difference, varied
-from speedup.capture import capture, split_inputs, with_batch
+from speedup.capture import capture
+from speedup.cut import shrink_graph
 from speedup.errors import ExportError
 from speedup.export import OPSETS, check_onnx, export_onnx, export_pt2
+from speedup.inputs import split_inputs, with_batch
 from speedup.plan import Axis, ShrinkPlan
-from speedup.shrink import shrink_graph
 
 MODELS = Path(__file__).parent.parent / "models"
 

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 import graphprune
 from speedup import export_onnx
-from speedup.capture import split_inputs, with_batch
+from speedup.inputs import split_inputs, with_batch
 from speedup.proof import TOLERANCE
 
 MODELS = Path(__file__).resolve().parent.parent / "models"

@@ -16,10 +16,10 @@ from graphprune.dependency import find_groups
 from graphprune.select import select
 from speedup.analysis import Analysis, analyse
 from speedup.capture import capture
+from speedup.cut import shrink_graph
 from speedup.errors import PlanError
 from speedup.plan import Axis, Scaled, ShrinkPlan
 from speedup.planning import live_from_keep, make_plan
-from speedup.shrink import shrink_graph
 
 
 def ints(*values: int) -> NDArray[np.int64]:

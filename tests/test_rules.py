@@ -21,11 +21,11 @@ from graphprune.criteria import CRITERIA
 from graphprune.dependency import ChannelGroup, DependencyGraph, Member
 from graphprune.errors import ModelError
 from graphprune.select import select
+from speedup.cut import shrink_graph
 from speedup.plan import ShrinkPlan
 from speedup.planning import make_plan
 from speedup.proof import prove
 from speedup.rules import RULES, pointwise, rule_for
-from speedup.shrink import shrink_graph
 
 
 class Net(nn.Module):

@@ -161,7 +161,6 @@ CASES = (
         lambda: Net(without_gradients, a=conv(3, 8), o=conv(8, 2)),
         image(),
         (A8,),
-        bug="a part without gradients is an operator of its own",
     ),
     Case(
         "output_used_twice",

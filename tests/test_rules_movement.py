@@ -192,7 +192,6 @@ CUTS = (
         lambda: Net(lambda n, x: parts(n, n.a(x).tensor_split(3, 1)[0]), a=conv(3, 8), **heads(3)),
         image(),
         ("3: a.weight/0*3 a.bias/0*3 o0.weight/1", "5: a.weight/0*5 a.bias/0*5"),
-        bug="pinned: tensor_split has no rule",
     ),
     Case(
         "chunk_of_a_joint_plane",
@@ -259,7 +258,6 @@ CUTS = (
         image(),
         ("8: b.weight/0 b.bias/0 o.weight/1", "6: o.weight/0 o.bias/0 p.weight/1"),
         {"a.weight/0": ""},
-        bug="a size that depends on data has no number",
     ),
     Case(
         "index_from_the_input_pins",

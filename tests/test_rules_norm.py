@@ -93,7 +93,6 @@ NORMS = (
         image(),
         ("8: a.weight/0 a.bias/0 w/1", "6: w/0 o.weight/1"),
         mixes=True,
-        bug="batch norm in training mode mixes what it is not known to mix",
     ),
     Case(
         "grouped_weight_standardised",

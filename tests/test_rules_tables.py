@@ -14,7 +14,6 @@ UNTRIED: Mapping[str, str] = {
     "aten.contiguous.default": "export leaves it out",
     "aten.requires_grad_.default": "export leaves it out",
     "aten.to.other": "export names the type instead",
-    "aten._assert_scalar.default": "stands at sizes that depend on data",
     "aten.sym_constrain_range_for_size.default": "stands at sizes that depend on data",
     "aten.linspace.Scalar_Tensor": "from Python the ends are numbers",
     "aten.linspace.Tensor_Scalar": "from Python the ends are numbers",

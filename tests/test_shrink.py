@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune import Result
-from speedup.shrink import Repair, ShrunkGraph
+from speedup.cut import ShrunkGraph
+from speedup.repair import Repair
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +92,6 @@ def test_an_embedding_knows_its_width() -> None:
     assert (small.e.num_embeddings, small.e.embedding_dim) == (20, 4)
 
 
-@bug("kernel_size_is_no_group_count")
 def test_only_sizes_are_repaired() -> None:
     small: Any = compressed(nn.Sequential(conv(3, 6), conv(6, 6, groups=3), conv(6, 2)), image()).model
     assert (small[1].groups, small[1].kernel_size, small[1].padding) == (1, (3, 3), (1, 1))
@@ -118,7 +118,6 @@ def test_weights_of_zero_hide_nothing() -> None:
     assert isinstance(compressed(net, tokens()).model, ShrunkGraph)
 
 
-@bug("obstacle_in_a_file_named_shrink")
 def test_a_size_in_the_code_is_an_obstacle_that_is_named() -> None:
     result = compressed(bare_view(), torch.randn(2, 5))
     assert isinstance(result.model, ShrunkGraph)
@@ -126,7 +125,6 @@ def test_a_size_in_the_code_is_an_obstacle_that_is_named() -> None:
     assert place.startswith(f"{__file__}:") and "expected input" in reason
 
 
-@bug("differences are measured by the largest number of all")
 def test_large_numbers_hide_nothing() -> None:
     class Masked(Heads):
         def forward(self, x: Tensor) -> Tensor:
@@ -150,7 +148,6 @@ def test_code_that_returns_another_type_is_an_obstacle() -> None:
     assert result.shrunk.obstacle or result.model(image()).shape == (2, 2, 6, 6)
 
 
-@bug("constants_made_in_forward")
 def test_constants_made_in_forward_are_no_obstacle() -> None:
     net = Net(lambda n, x: n.o(n.a(x - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1))), a=conv(3, 8), o=conv(8, 2))
     assert type(compressed(net, image()).model) is Net
@@ -203,7 +200,6 @@ def test_the_users_model_is_not_changed(name: str) -> None:
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 
 
-@bug("buffer_updated_in_forward")
 def test_buffers_that_forward_updates_are_put_back() -> None:
     def forward(n: Net, x: Tensor) -> Tensor:
         n.steps.add_(1)

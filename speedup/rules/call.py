@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from speedup.atoms import Flow, Labels
+from speedup.errors import CaptureError
 
 Outcome = Labels | list[Labels]
 RuleFunction = Callable[[Flow, "Call"], Outcome]
@@ -96,15 +97,27 @@ def raw_argument(node: fx.Node, name: str) -> Any:
 
 
 def hint(value: Any) -> Any:
-    """``value`` with every symbolic number replaced by the one it has in the example."""
-    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+    """``value``, a symbolic number replaced by the one it has in the example; None if that depends on the data."""
+    if not isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return value
+    if value.node.has_hint():
         return value.node.hint
-    return value
+    return value.node.maybe_as_int()
 
 
 def sizes(tensor: Tensor) -> tuple[int, ...]:
-    """The shape of a (fake) tensor with the batch of the example."""
-    return tuple(hint(size) for size in tensor.shape)
+    """The shape of a (fake) tensor with the batch of the example.
+
+    Raises:
+        CaptureError: A size is known only when the data are.
+    """
+    shape = tuple(hint(size) for size in tensor.shape)
+    if None in shape:
+        raise CaptureError(
+            f"{tuple(tensor.shape)}: the model makes a tensor whose size depends on its data. "
+            "Select with torch.where instead of boolean masks and nonzero(), or prune a submodule."
+        )
+    return shape
 
 
 def symbolic_dims(tensor: Tensor) -> frozenset[int]:

@@ -71,7 +71,7 @@ def split(flow: Flow, call: Call) -> list[Labels]:
         starts.append(starts[-1] + shape[dim])
     equal = len({shape[dim] for shape in call.outputs}) == 1 and len(call.outputs) > 1
     for plane in x.along(dim):
-        if equal and call.node.target is not aten.split_with_sizes.default and starts[1] > 1:
+        if equal and call.node.target in _EQUAL_SPLITS and starts[1] > 1:
             parts = plane.unflatten(dim, (len(call.outputs), -1))
             flow.block(parts, [d for d in support(parts) if d <= dim or d != support(parts)[-1]])
     return [_cut(flow, x, dim, start, shape) for start, shape in zip(starts, call.outputs, strict=False)]
@@ -358,7 +358,11 @@ _LITERAL = (
     aten.adjoint.default,
 )  # fmt: skip
 _ALONG = (aten.roll.default, aten.flip.default)
-_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes)
+_SPLITS = (
+    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes,
+    aten.tensor_split.sections, aten.tensor_split.indices,
+)  # fmt: skip
+_EQUAL_SPLITS = (aten.split.Tensor, aten.chunk.default, aten.tensor_split.sections)
 _EXPANDS = (aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
 _CONSTANTS = (
     aten.zeros.default, aten.ones.default, aten.full.default, aten.empty.memory_format, aten.new_zeros.default,

@@ -105,7 +105,7 @@ _VOLUME = (
 )  # fmt: skip
 _FIXED = (
     "arange", "linspace", "eye", "scalar_tensor", "rand", "randn", "randint", "tril_indices", "triu_indices",
-    "_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size",
+    "_assert_tensor_metadata", "sym_constrain_range_for_size",
 )  # fmt: skip
 
 RULES: dict[object, Rule] = {
