@@ -32,7 +32,7 @@ TOOLS = ("graphprune", "torch-pruning")
 def graphprune_once(model: Any, example: Any) -> dict[str, float]:
     """Seconds of each stage of one run."""
     from graphprune.criteria import CRITERIA
-    from graphprune.dependency import find_groups
+    from graphprune.dependency import find_dependencies
     from graphprune.select import select
     from speedup.analysis import analyse
     from speedup.capture import capture
@@ -43,7 +43,7 @@ def graphprune_once(model: Any, example: Any) -> dict[str, float]:
     captured = capture(model, example)
     marks.append(time.perf_counter())
     analysis = analyse(captured)
-    dependencies = find_groups(analysis)
+    dependencies = find_dependencies(analysis)
     marks.append(time.perf_counter())
     selection = select(dependencies, CRITERIA["l1"](analysis, 0), 0.5)
     plan = make_plan(analysis, selection.live)
@@ -118,13 +118,13 @@ def profile(name: str) -> None:
 
     def rest() -> None:
         from graphprune.criteria import CRITERIA
-        from graphprune.dependency import find_groups
+        from graphprune.dependency import find_dependencies
         from graphprune.select import select
         from speedup.analysis import analyse
         from speedup.planning import make_plan
 
         analysis = analyse(captured)
-        dependencies = find_groups(analysis)
+        dependencies = find_dependencies(analysis)
         make_plan(analysis, select(dependencies, CRITERIA["l1"](analysis, 0), 0.5).live)
 
     rest()

@@ -12,8 +12,9 @@ from torch import nn
 from graphprune.budget import Cost, cost
 from graphprune.config import Request, closest
 from graphprune.criteria import CRITERIA
-from graphprune.dependency import ChannelGroup, DependencyGraph, Member, find_groups
+from graphprune.dependency import DependencyGraph, find_dependencies
 from graphprune.errors import ConfigError, ModelError
+from graphprune.groups import ChannelGroup, Member
 from graphprune.report import Report, build_report
 from graphprune.select import Selection, select
 from speedup.analysis import Analysis, analyse, attribute
@@ -97,7 +98,7 @@ def compress(
     captured = stage("capture", capture, model, example_inputs)
     analysis = stage("analyse", analyse, captured)
     _check(analysis, request)
-    dependencies = stage("group", find_groups, analysis)
+    dependencies = stage("group", find_dependencies, analysis)
     scores = stage("score", CRITERIA[request.criterion], analysis, request.seed)
     block = stage("probe", _preferred_block) if request.round_to == "auto" else request.round_to
     selection = stage(

@@ -11,7 +11,8 @@ import torch
 
 from graphprune.budget import Cost
 from graphprune.config import Request
-from graphprune.dependency import ChannelGroup, DependencyGraph, Member
+from graphprune.dependency import DependencyGraph
+from graphprune.groups import ChannelGroup, Member
 from graphprune.select import Choice, Selection
 from speedup.proof import Proof
 from speedup.shrink import Shrunk

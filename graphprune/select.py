@@ -11,7 +11,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from graphprune.criteria import Scores
-from graphprune.dependency import ChannelGroup, DependencyGraph
+from graphprune.dependency import DependencyGraph
+from graphprune.groups import ChannelGroup
 from speedup.atoms import Index, Mask
 
 Scope = Literal["local", "global"]
@@ -141,7 +142,7 @@ def _best(group: ChannelGroup, scores: Scores, asked: int, wanted: int, round_to
     if group.counts or group.equals or group.weaves:
         return _best_rectangular(group, scores, partial(_axis_count, asked / group.units, round_to, min_channels))
     keep = _highest(group, scores, wanted)
-    if all(keep[units].any() for units in (*group.axes, *group.parts)):
+    if all(keep[axis].any() for axis in group.axes) and all(keep[p.members].sum() >= p.least for p in group.parts):
         return keep
     return _best_rectangular(group, scores, partial(_axis_count, wanted / group.units, 1, min_channels))
 
@@ -183,7 +184,7 @@ def _approached(group: ChannelGroup, scores: Scores, target: Callable[[int], int
         for row in table[1:]:
             program.between((row - table[0]).astype(float), 0, 0)
     for part in group.parts:
-        program.between(np.bincount(part, minlength=group.units).astype(float), 1, np.inf)
+        program.between(np.bincount(part.members, minlength=group.units).astype(float), part.least, np.inf)
     for weave in group.weaves:
         program.take_turns(weave)
     keep = program.solve(scores / (scores.max() or 1.0) / 5, group.locked.astype(float), gap=0.3)
@@ -206,7 +207,9 @@ def _solved(group: ChannelGroup, tables: Sequence[Index], scores: Scores, target
         for row in by_cell[1:]:
             counting.between(row - by_cell[0], 0, 0)
     for part in group.parts:
-        counting.between(np.bincount(cell_of[part], minlength=len(sizes)) / sizes, 1e-6, np.inf)
+        counting.between(
+            np.bincount(cell_of[part.members], minlength=len(sizes)) / sizes, part.least - 1 + 1e-6, np.inf
+        )
     for weave in group.weaves:
         for lead in _leads_between_cells(cell_of[weave], sizes):
             counting.between(lead, 0, 1)
@@ -217,7 +220,7 @@ def _solved(group: ChannelGroup, tables: Sequence[Index], scores: Scores, target
     for cell, count in enumerate(np.rint(counts)):
         choosing.between((cell_of == cell).astype(float), count, count)
     for part in group.parts:
-        choosing.between(np.bincount(part, minlength=group.units).astype(float), 1, np.inf)
+        choosing.between(np.bincount(part.members, minlength=group.units).astype(float), part.least, np.inf)
     for weave in group.weaves:
         choosing.take_turns(weave)
     chosen = choosing.solve(scores / (scores.max() or 1.0), group.locked.astype(float))

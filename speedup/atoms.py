@@ -105,6 +105,19 @@ class Block:
     slabs: Index | None = None
 
 
+@dataclass(frozen=True)
+class Part:
+    """Atoms of which at least ``least`` must live: they are a tensor of their own, or a statistic needs them.
+
+    Attributes:
+        members: Their labels, shape (members,).
+        least: How many must live.
+    """
+
+    members: Index
+    least: int = 1
+
+
 @dataclass
 class _Met:
     """One plane of a meeting: which operands brought it, and whether a larger one says it already."""
@@ -126,7 +139,8 @@ class Flow:
     pins: list[tuple[Pin, Index]] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
     merges: list[Index] = field(default_factory=list)
-    parts: list[Index] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+    copies: set[int] = field(default_factory=set)
 
     def mint(self, shape: Sequence[int], dims: Sequence[int]) -> Plane:
         """Returns a plane of new atoms that varies along ``dims``."""
@@ -134,6 +148,12 @@ class Flow:
         count = int(np.prod(sizes, dtype=np.int64))
         plane = torch.arange(self.size, self.size + count).reshape(sizes).expand(tuple(shape))
         self.size += count
+        return plane
+
+    def copy(self, shape: Sequence[int], dim: int) -> Plane:
+        """Returns a plane of new atoms along ``dim``, along which the same content stands several times."""
+        plane = self.mint(shape, [dim])
+        self.copies.add(int(plane.reshape(-1)[0]))
         return plane
 
     def unite(self, first: Plane, second: Plane) -> None:
@@ -183,9 +203,13 @@ class Flow:
         if not dims:
             self.pin(plane, "is taken alone")
             return
-        self.parts.append(flat(core(plane)))
+        self.parts.append(Part(flat(core(plane))))
         if len(dims) > 1:
             self.block(plane, dims[:-1])
+
+    def keep_some(self, plane: Plane, least: int = 1) -> None:
+        """Asks that at least ``least`` atoms of ``plane`` live."""
+        self.parts.append(Part(flat(core(plane)), least))
 
     def meet(self, operands: Sequence[Labels], shape: Sequence[int], reason: str = "") -> Labels:
         """Returns the labels of an elementwise function of ``operands``, broadcast to ``shape``.
@@ -213,9 +237,10 @@ class Flow:
                     fresh.append(_Met(support(wide), wide, {position}))
             met += fresh
         for entry in met:
-            brought = set().union(*(other.operands for other in met if other.dims == entry.dims))
-            if entry.operands != brought:  # some operand has fewer labels there than another
+            lacking = {i for i, operand in enumerate(operands) if all(operand.shape[d] > 1 for d in entry.dims)}
+            if any(not _tied(entry, other, met) for other in lacking - entry.operands):
                 self.pin(entry.plane, "is one of several labels that meet a tensor with fewer")
+                entry.implied = True
         for first, second in itertools.combinations(met, 2):
             self._overlap(first, second, shape)
         return Labels(shape, tuple(entry.plane for entry in met if not entry.implied))
@@ -264,10 +289,13 @@ class Flow:
         return Labels(shape, tuple(plane[index] for plane in planes))
 
     def reshape(self, labels: Labels, shape: Sequence[int]) -> Labels:
-        """Returns the labels after a reshape; what is split must stay rectangular, what is merged is noted."""
+        """Returns the labels after a reshape; what is split must stay rectangular, what is merged is noted.
+
+        Copies that are merged with what is copied stay, as if the content had been repeated there in the first place.
+        """
         shape = tuple(shape)
         planes = []
-        for plane in labels.planes:
+        for plane in self._without_merged_copies(labels, shape):
             varying = set(support(plane))
             moved = settle(plane.reshape(shape))
             planes.append(moved)
@@ -281,6 +309,24 @@ class Flow:
                     for depth in range(1, len(split)):
                         self.block(moved, outside + split[:depth])
         return Labels(shape, tuple(planes))
+
+    def _without_merged_copies(self, labels: Labels, shape: tuple[int, ...]) -> list[Plane]:
+        planes = []
+        for plane in labels.planes:
+            copied = int(core(plane).reshape(-1)[0]) in self.copies
+            merged = next((old for old, new in factor(labels.shape, shape) if {*support(plane)} & {*old}), [])
+            others = [other for other in labels.planes if other is not plane and {*support(other)} & {*merged}]
+            if copied and others:
+                self.pin(plane, "is a copy that is merged with what is copied")
+            else:
+                planes.append(plane)
+        return planes
+
+
+def _tied(entry: _Met, operand: int, met: Sequence[_Met]) -> bool:
+    """Whether an operand that lacks the labels of ``entry`` has others there that can be tied to them."""
+    overlapping = [other for other in met if operand in other.operands and {*other.dims} & {*entry.dims}]
+    return any(not other.operands & entry.operands and other.dims != entry.dims for other in overlapping)
 
 
 def broadcast(labels: Labels, shape: tuple[int, ...]) -> Labels:

@@ -10,7 +10,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from speedup.atoms import Block, Flow, Index, Labels, Mask, Pin, Plane, core, narrowed, support
+from speedup.atoms import Block, Flow, Index, Labels, Mask, Part, Pin, Plane, core, narrowed, support
 from speedup.errors import PlanError
 
 
@@ -41,7 +41,7 @@ class Classes:
         pins: The reasons.
         blocks: The rectangular blocks, their labels now classes, equal rows once.
         weaves: The sequences in which the rows of a block take turns.
-        parts: Classes of which at least one must live, because they are a tensor of their own.
+        parts: Classes of which some must live, their labels now classes, each once.
     """
 
     of: Index
@@ -50,7 +50,7 @@ class Classes:
     pins: tuple[Pin, ...]
     blocks: tuple[Block, ...]
     weaves: tuple[Weave, ...]
-    parts: tuple[Index, ...]
+    parts: tuple[Part, ...]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_of", torch.from_numpy(self.of))
@@ -168,17 +168,12 @@ def solve(flow: Flow) -> Classes:
         weaves: dict[bytes, Weave] = {}
         ties = []
         for block in flow.blocks:
-            known: list[Weave] = []
-            for sequence, order in _woven(block, flow.merges, of) if block.kind == "reshape" else ():
-                if any(_follows(sequence, weave) for weave in known):
-                    continue
-                weave = _weave(block, sequence, order)
-                if weave is None:
-                    first = np.broadcast_to(block.members[0], block.members.shape)
-                    ties.append((block.members.reshape(-1), first.reshape(-1)))
-                    break
-                known.append(weave)
-            weaves |= {weave.turns.tobytes(): weave for weave in known}
+            found = _weaves(block, flow.merges, of) if block.kind == "reshape" else []
+            if found is None:
+                first = np.broadcast_to(block.members[0], block.members.shape)
+                ties.append((block.members.reshape(-1), first.reshape(-1)))
+            else:
+                weaves |= {weave.turns.tobytes(): weave for weave in found}
         if not ties:
             break
         pairs += ties
@@ -197,7 +192,11 @@ def solve(flow: Flow) -> Classes:
         key = (block.kind, rows[first].tobytes(), rows.shape, None if slabs is None else slabs.tobytes())
         blocks.setdefault(key, replace(block, members=rows[first], slabs=slabs))
     pins = tuple(pin for pin, _ in flow.pins)
-    parts = {part.tobytes(): part for part in (np.unique(of[part]) for part in flow.parts)}
+    parts = {}
+    for part in flow.parts:
+        members = np.unique(of[part.members])
+        if (pin_of[members] < 0).sum() > len(members) - part.least:  # enough of the others are fixed
+            parts[members.tobytes(), part.least] = Part(members, part.least)
     return Classes(of, count, pin_of, pins, tuple(blocks.values()), tuple(weaves.values()), tuple(parts.values()))
 
 
@@ -226,12 +225,40 @@ def _pin_slabs(flow: Flow, of: Index, pin_of: Index) -> None:
             return
 
 
-def _woven(block: Block, merges: Sequence[Index], of: Index) -> Iterator[tuple[Index, Index]]:
-    """Yields the merges that interleave the rows of ``block``: classes in merged order, and the row of each."""
-    rows = of[block.members]
-    rows = rows[np.sort(np.unique(rows, axis=0, return_index=True)[1])]
+def _weaves(block: Block, merges: Sequence[Index], of: Index) -> list[Weave] | None:
+    """The weaves that later merges make of the rows of ``block``; None if their pattern is not that simple."""
+    table = of[block.members]
+    rows = table[np.sort(np.unique(table, axis=0, return_index=True)[1])]
     if len(rows) == 1:
-        return
+        return []
+    if len(np.unique(rows)) < rows.size:  # channels that stand in several places: only their old order is sure to do
+        return [] if all(_keeps_order(block.members.reshape(-1), merge, of) for merge in merges) else None
+    known: list[Weave] = []
+    for sequence, order in _woven(rows, merges, of):
+        if any(_follows(sequence, weave) for weave in known):
+            continue
+        weave = _weave(block, sequence, order)
+        if weave is None:
+            return None
+        known.append(weave)
+    return known
+
+
+def _keeps_order(members: Index, merge: Index, of: Index) -> bool:
+    """Whether a merge takes the atoms in ``members`` in their order; or their classes, where it has other atoms."""
+    if not np.isin(merge, members).any():
+        members, merge = of[members], of[merge]
+    channels, taken = _each_once(members), _each_once(merge[np.isin(merge, members)])
+    return bool((np.diff(_places(taken, channels)) > 0).all())
+
+
+def _each_once(sequence: Index) -> Index:
+    """``sequence`` without repetitions: copies (a batch, repeated keys) follow the first."""
+    return sequence[np.sort(np.unique(sequence, return_index=True)[1])]
+
+
+def _woven(rows: Index, merges: Sequence[Index], of: Index) -> Iterator[tuple[Index, Index]]:
+    """Yields the merges that interleave ``rows`` of classes: classes in merged order, and the row of each."""
     low, high = rows.min(), rows.max()
     row_of = np.full(high - low + 1, -1, dtype=np.int64)
     row_of[rows - low] = np.arange(len(rows))[:, None]
@@ -242,18 +269,24 @@ def _woven(block: Block, merges: Sequence[Index], of: Index) -> Iterator[tuple[I
         sequence = sequence[(sequence >= low) & (sequence <= high)]
         order = row_of[sequence - low]
         sequence, order = sequence[order >= 0], order[order >= 0]
-        once = np.sort(np.unique(sequence, return_index=True)[1])  # copies (a batch, repeated keys) follow the first
-        sequence, order = sequence[once], order[once]
+        sequence = _each_once(sequence)
+        order = row_of[sequence - low]
         if np.count_nonzero(np.diff(order)) >= len(np.unique(order)) and len(order):
             yield sequence, order
+
+
+def _places(sequence: Index, order: Index) -> Index:
+    """Where each element of ``sequence`` stands in ``order``; anywhere if it does not."""
+    ranking = np.argsort(order)
+    found: Index = ranking[np.minimum(np.searchsorted(order, sequence, sorter=ranking), len(order) - 1)]
+    return found
 
 
 def _follows(sequence: Index, weave: Weave) -> bool:
     """Whether ``sequence`` is a part of ``weave`` in its order, so that nothing new is asked."""
     order = weave.turns.reshape(-1)
-    places = np.searchsorted(order, sequence, sorter=np.argsort(order))
-    ranks = np.argsort(order)[np.minimum(places, len(order) - 1)]
-    return bool((order[ranks] == sequence).all() and (np.diff(ranks) > 0).all())
+    places = _places(sequence, order)
+    return bool((order[places] == sequence).all() and (np.diff(places) > 0).all())
 
 
 def _weave(block: Block, sequence: Index, order: Index) -> Weave | None:

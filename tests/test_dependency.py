@@ -13,7 +13,7 @@ from torch import nn
 
 import graphprune
 from graphprune import DependencyGraph
-from graphprune.dependency import ChannelGroup
+from graphprune.groups import ChannelGroup
 
 
 def traced(model: nn.Module, x: torch.Tensor) -> DependencyGraph:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune.criteria import CRITERIA
-from graphprune.dependency import ChannelGroup, DependencyGraph, Member
+from graphprune.dependency import DependencyGraph
 from graphprune.errors import ModelError
+from graphprune.groups import ChannelGroup, Member
 from graphprune.select import select
 from speedup.cut import shrink_graph
 from speedup.plan import ShrinkPlan

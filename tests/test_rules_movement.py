@@ -194,6 +194,12 @@ CUTS = (
         ("3: a.weight/0*3 a.bias/0*3 o0.weight/1", "5: a.weight/0*5 a.bias/0*5"),
     ),
     Case(
+        "tensor_split_at_places",
+        lambda: Net(lambda n, x: parts(n, *n.a(x).tensor_split((3, 5), 1)), a=conv(3, 8), **heads(3, 2, 3)),
+        image(),
+        ("3: a.weight/0*3 a.bias/0*3 o0.weight/1", "2: a.weight/0*2 a.bias/0*2 o1.weight/1", "3: a.weight/0*3 a.bias/0*3 o2.weight/1"),
+    ),
+    Case(
         "chunk_of_a_joint_plane",
         lambda: Net(
             lambda n, x: n.o(torch.cat([part.flatten(1, 2) for part in n.a(x).unflatten(1, (2, 8)).chunk(2, 2)], 1)),

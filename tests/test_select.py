@@ -15,8 +15,8 @@ from torch import nn
 import graphprune
 from graphprune import DependencyGraph
 from graphprune.criteria import CRITERIA, Scores
-from graphprune.dependency import ChannelGroup
 from graphprune.errors import ConfigError, ModelError
+from graphprune.groups import ChannelGroup
 from graphprune.select import Selection, rectangular, select
 from speedup.atoms import support
 from speedup.cut import shrink_graph

@@ -20,7 +20,7 @@ from test_rules_contraction import Attention
 from torch import Tensor, nn
 
 from graphprune.criteria import CRITERIA
-from graphprune.dependency import find_groups
+from graphprune.dependency import find_dependencies
 from graphprune.select import select
 from speedup.analysis import Analysis, analyse
 from speedup.atoms import Index, Mask
@@ -58,7 +58,7 @@ def convolutional() -> Net:
 def moving() -> Net:
     def forward(n: Net, x: Tensor) -> Tensor:
         p, q, r = n.a(x).chunk(3, 1)
-        y = torch.cat([q, r, p], 1).roll(3, 1)[:, 1:9]
+        y = torch.cat([q, r + x[:, :2], p], 1).roll(3, 1)[:, 1:9]
         y = F.pad(y, (0, 0, 0, 0, 3, 1)) + n.b(x)
         return n.o(y[:, n.i].unflatten(1, (3, 4)).flip(2).flatten(1, 2))
 
@@ -117,7 +117,7 @@ def planned(name: str) -> tuple[Analysis, Mask, ShrinkPlan]:
 
 def plan_of(model: nn.Module, example: Any, seed: int = 0) -> tuple[Analysis, Mask, ShrinkPlan]:
     analysis = analyse(capture(model.eval(), example))
-    live = select(find_groups(analysis), CRITERIA["random"](analysis, seed), 0.5).live
+    live = select(find_dependencies(analysis), CRITERIA["random"](analysis, seed), 0.5).live
     return analysis, live, make_plan(analysis, live)
 
 
@@ -236,7 +236,7 @@ def test_the_message_names_the_tensor_or_the_node() -> None:
 
 def test_the_plan_of_another_selection_is_caught() -> None:
     analysis, live, _ = planned("convolutional")
-    other = select(find_groups(analysis), CRITERIA["random"](analysis, 5), 0.5).live
+    other = select(find_dependencies(analysis), CRITERIA["random"](analysis, 5), 0.5).live
     assert caught(analysis, live, make_plan(analysis, other)) is not None
 
 

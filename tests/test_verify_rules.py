@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import speedup.analysis
 import speedup.proof
 from graphprune.criteria import CRITERIA
-from graphprune.dependency import find_groups
+from graphprune.dependency import find_dependencies
 from graphprune.select import select
 from speedup.analysis import analyse
 from speedup.atoms import Flow, Labels, settle
@@ -251,7 +251,7 @@ def test_a_false_rule_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> N
             for module in (speedup.analysis, speedup.proof):
                 patch.setattr(module, "rule_for", lambda target: false.get(target) or rule_for(target))
             analysis = analyse(captured)
-            live = select(find_groups(analysis), CRITERIA["random"](analysis, seed), 0.5).live
+            live = select(find_dependencies(analysis), CRITERIA["random"](analysis, seed), 0.5).live
             try:
                 plan = make_plan(analysis, live)
             except PlanError as error:

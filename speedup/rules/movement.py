@@ -173,7 +173,7 @@ def expand(flow: Flow, call: Call) -> Labels:
     old = (1,) * missing + x.shape
     grown = [dim for dim, size in enumerate(call.shape) if size > 1 and old[dim] == 1 and dim not in call.batch_dims[0]]
     planes = [plane[(None,) * missing].expand(call.shape) for plane in x.planes]
-    return _like_other(flow, call, Labels(call.shape, (*planes, *(flow.mint(call.shape, [dim]) for dim in grown))))
+    return _like_other(flow, call, Labels(call.shape, (*planes, *(flow.copy(call.shape, dim) for dim in grown))))
 
 
 def _like_other(flow: Flow, call: Call, labels: Labels) -> Labels:
@@ -222,7 +222,10 @@ def x_numel(labels: Labels) -> int:
 def constant(flow: Flow, call: Call) -> Labels:
     """y[i] = c: content that is the same everywhere can shrink anywhere, so each dimension brings its own atoms."""
     dims = [dim for dim, size in enumerate(call.shape) if size > 1 and dim not in call.batch_dims[0]]
-    return Labels(call.shape, tuple(flow.mint(call.shape, [dim]) for dim in dims))
+    planes = tuple(flow.mint(call.shape, [dim]) for dim in dims)
+    for plane in planes:
+        flow.keep_some(plane)
+    return Labels(call.shape, planes)
 
 
 def embedding(flow: Flow, call: Call) -> Labels:

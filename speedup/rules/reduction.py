@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from speedup.atoms import Flow, Labels, narrowed
+from speedup.atoms import Flow, Labels, narrowed, support
 from speedup.rules.call import Call, Outcome, Rule, RuleFunction
 
 aten = torch.ops.aten
@@ -19,12 +19,20 @@ def _only(flow: Flow, call: Call) -> Labels:
 
 
 def reduced(flow: Flow, call: Call) -> Outcome:
-    """y = sum (or mean, or norm) of x over ``dim``: channels may go, the masked reference counts what is left."""
+    """y = sum (or mean, or norm) of x over ``dim``: channels may go, the masked reference counts what is left.
+
+    A variance needs one more than its correction.
+    """
     order = next((call[name] for name in ("ord", "p") if name in call.values), None)
     if isinstance(order, int | float) and order < 0:
         return chosen(flow, call)  # the smallest magnitude, or close to it: a removed zero would win
     x = _only(flow, call)
-    outcome = flow.reduce(x, call.dims(len(x.shape)), bool(call.get("keepdim", False)))
+    dims = call.dims(len(x.shape))
+    if call.node.target in _SPREADS and all(x.shape[dim] == 1 or dim in x.covered for dim in dims):
+        for plane in x.planes:
+            if dims and {*support(plane)} <= {*dims}:
+                flow.keep_some(plane, int(call.get("correction", 1)) + 1)
+    outcome = flow.reduce(x, dims, bool(call.get("keepdim", False)))
     return outcome if len(call.outputs) == 1 else [outcome for _ in call.outputs]
 
 
@@ -80,6 +88,10 @@ _SUMS = (
     aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.linalg_vector_norm.default,
     aten.norm.ScalarOpt_dim, aten.frobenius_norm.dim, aten.var.correction, aten.std.correction,
     aten.var_mean.correction, aten.std_mean.correction, aten.var.dim, aten.std.dim, aten.count_nonzero.dim_IntList,
+)  # fmt: skip
+_SPREADS = (
+    aten.var.correction, aten.std.correction, aten.var_mean.correction, aten.std_mean.correction, aten.var.dim,
+    aten.std.dim,
 )  # fmt: skip
 _CHOICES = (
     aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim, aten.argmax.default, aten.argmin.default,

@@ -1,0 +1,275 @@
+"""Channel groups: what goes together or not at all."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from graphprune.units import counting_slabs, find_units
+from speedup.analysis import Analysis
+from speedup.atoms import Block, Index, Mask, Part, support
+from speedup.classes import Classes
+
+
+@dataclass(frozen=True)
+class Member:
+    """One dimension of one parameter or buffer, or the part of it that belongs to a group.
+
+    Attributes:
+        tensor: Qualified name.
+        dims: The dimension; two for a grouped weight, whose inputs differ from group to group.
+        channels: How many of its indices belong to the group.
+        role: Whether the tensor's operator produces these channels (``out``) or consumes them (``in``).
+        node: The first graph node that uses the tensor.
+    """
+
+    tensor: str
+    dims: tuple[int, ...]
+    channels: int
+    role: str
+    node: str
+
+    @property
+    def module(self) -> str:
+        """Qualified name of the module that owns the tensor."""
+        return self.tensor.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that depend on each other through ties or through a block that must stay rectangular.
+
+    Attributes:
+        index: Position in :attr:`DependencyGraph.groups`.
+        name: The first parameter that produces its channels.
+        classes: The label classes of the group, shape (classes,).
+        unit_of: The unit of each of them, shape (classes,): a unit goes whole (one channel, or one head).
+        axes: The units along each axis, equal axes once: shape (channels of the axis,).
+        locked: Which units must stay, shape (units,).
+        counts: Blocks in which every row must keep the same number: for each block the number of members that a unit
+            has in a row, shape (rows, units).
+        equals: The same for splits into equal parts, which only the user's own code needs to stay equal.
+        weaves: Sequences of units whose survivors must take turns as the rows do, shape (turns, rows).
+        parts: Units of which some must stay, their labels now units.
+        members: The axes it runs through.
+        pin: Why nothing of it may go; None if something may.
+    """
+
+    index: int
+    name: str
+    classes: Index
+    unit_of: Index
+    axes: tuple[Index, ...]
+    locked: Mask
+    counts: tuple[Index, ...]
+    equals: tuple[Index, ...]
+    weaves: tuple[Index, ...]
+    parts: tuple[Part, ...]
+    members: tuple[Member, ...]
+    pin: str | None
+
+    @property
+    def units(self) -> int:
+        """How many units it has."""
+        return len(self.locked)
+
+    @property
+    def size(self) -> int:
+        """How many units may go."""
+        return int((~self.locked).sum())
+
+    @property
+    def width(self) -> int:
+        """Channels that a unit has along an axis (the width of a head, 1 for plain channels)."""
+        produced = [m.channels for m in self.members if m.role == "out" and len(m.dims) == 1] or [self.units]
+        return max(1, min(produced) // max(self.units, 1))
+
+
+def find_groups(analysis: Analysis) -> tuple[ChannelGroup, ...]:
+    """Returns the channel groups of an analysed graph, in the order in which it uses them."""
+    classes = analysis.classes
+    axes = _axes(analysis)
+    signature = _signatures(classes, axes)
+    pinned = classes.pin_of >= 0
+    blocks = [block for block in classes.blocks if len(block.members) > 1 and not pinned[block.members].all()]
+    unit_of, counted = find_units(signature, blocks)
+    counting = counting_slabs(classes.count, counted)
+    group_of = np.where(counting & (signature == 0), -1, _group_of(signature, pinned, counting, blocks))
+    members = _members(analysis, axes, group_of)
+    inside = _positions(group_of)
+    parts = _parts(classes.parts, group_of)
+    carriers: dict[str, list[_Axis]] = {}
+    for axis in axes:
+        carriers.setdefault(axis.tensor, []).append(axis)
+
+    def by_tensor(inside: Sequence[Member]) -> list[_Axis]:
+        return [axis for name in dict.fromkeys(member.tensor for member in inside) for axis in carriers[name]]
+
+    return tuple(
+        _group(
+            index,
+            inside[label],
+            members[label],
+            analysis,
+            axes=by_tensor(members[label]),
+            parts=parts.get(label, ()),
+            unit_of=unit_of,
+            counted=counted,
+        )
+        for index, label in enumerate(members)
+    )
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """The classes along one plane of one parameter: shape of ``classes`` is that of its support."""
+
+    tensor: str
+    dims: tuple[int, ...]
+    classes: Index
+
+
+def _axes(analysis: Analysis) -> list[_Axis]:
+    return [
+        _Axis(name, support(plane), analysis.classes.plane(plane))
+        for name, labels in analysis.parameters.items()
+        for plane in labels.planes
+    ]
+
+
+def _signatures(classes: Classes, axes: Sequence[_Axis]) -> NDArray[np.uint64]:
+    """For each class a number that says through which axes it runs; 0 for classes that no parameter carries."""
+    draws = np.random.default_rng(0).integers(1, 2**63, size=len(axes), dtype=np.uint64)
+    signature = np.zeros(classes.count, dtype=np.uint64)
+    for axis, draw in zip(axes, draws, strict=True):
+        np.add.at(signature, axis.classes.reshape(-1), draw)
+    return signature
+
+
+def _group_of(signature: NDArray[np.uint64], pinned: Mask, counting: Mask, blocks: Sequence[Block]) -> Index:
+    """The group of each class: classes of one signature, and what a block ties together; -1 for bare labels."""
+    mixed = np.where(pinned | counting, signature ^ np.uint64(0x9E3779B97F4A7C15), signature)
+    _, cell = np.unique(mixed, return_inverse=True)
+    cell = cell.astype(np.int64)
+    bare = signature == 0
+    cell[bare] = cell.max(initial=0) + 1 + np.arange(int(bare.sum()))
+    rows, columns = [], []
+    for block in blocks:
+        touched = block.members.reshape(-1)
+        if block.slabs is not None:
+            touched = np.concatenate([touched, block.slabs])
+        touched = np.unique(cell[touched[~counting[touched]]])
+        rows.append(np.full(len(touched), touched[0] if len(touched) else 0))
+        columns.append(touched)
+    count = int(cell.max(initial=0)) + 1
+    links = np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
+    ends = np.concatenate(columns) if columns else np.empty(0, dtype=np.int64)
+    _, component = connected_components(
+        coo_array((np.ones(len(links)), (links, ends)), shape=(count, count)), directed=False
+    )
+    group = component.astype(np.int64)[cell]
+    carried = np.zeros(int(group.max(initial=0)) + 1, dtype=np.bool_)
+    carried[group[~bare]] = True
+    return np.where(carried[group], group, -1)
+
+
+def _positions(group_of: Index) -> dict[int, Index]:
+    """The classes of each group."""
+    order = np.argsort(group_of, kind="stable")
+    labels, starts = np.unique(group_of[order], return_index=True)
+    return dict(zip(labels.tolist(), np.split(order, starts[1:]), strict=True))
+
+
+def _parts(parts: Sequence[Part], group_of: Index) -> dict[int, list[Part]]:
+    """The parts of each group; the group that holds most of a part answers for it."""
+    found: dict[int, list[Part]] = {}
+    for part in parts:
+        labels, counts = np.unique(group_of[part.members], return_counts=True)
+        label = int(labels[np.argmax(np.where(labels >= 0, counts, 0))])
+        found.setdefault(label, []).append(Part(part.members[group_of[part.members] == label], part.least))
+    return found
+
+
+def _members(analysis: Analysis, axes: Sequence[_Axis], group_of: Index) -> dict[int, list[Member]]:
+    """The members of each group, groups in the order in which the graph first uses them."""
+    found: dict[int, list[Member]] = {}
+    for axis in axes:
+        users = analysis.users.get(axis.tensor, [])
+        labels, channels = np.unique(group_of[axis.classes], return_counts=True)
+        for label, count in zip(labels.tolist(), channels.tolist(), strict=True):
+            inside = axis.classes[group_of[axis.classes] == label]
+            role = "out" if analysis.produces(axis.tensor, inside) else "in"
+            found.setdefault(label, []).append(
+                Member(axis.tensor, axis.dims, count, role, users[0].name if users else "")
+            )
+    return found
+
+
+def _group(
+    index: int,
+    classes: Index,
+    members: Sequence[Member],
+    analysis: Analysis,
+    *,
+    axes: Sequence[_Axis],
+    parts: Sequence[Part],
+    unit_of: Index,
+    counted: Sequence[Block],
+) -> ChannelGroup:
+    pinned = analysis.classes.pin_of >= 0
+    units, unit = np.unique(unit_of[classes], return_inverse=True)
+    locked = np.isin(units, unit_of[pinned])
+    local = np.full(analysis.classes.count, -1, dtype=np.int64)
+    local[classes] = unit
+    for block in counted:  # a row that is counted stays, and so does what is tied to its slab
+        if block.slabs is not None:
+            locked[local[block.slabs][local[block.slabs] >= 0]] = True
+    tables = [(block.kind, _count_table(block, local, len(units))) for block in counted]
+    weaves = [local[weave.turns] for weave in analysis.classes.weaves if (local[weave.turns] >= 0).all()]
+    along = [local[axis.classes[local[axis.classes] >= 0]] for axis in axes if len(axis.dims) == 1]
+    producers = [member for member in members if member.role == "out"] or list(members)
+    return ChannelGroup(
+        index=index,
+        name=producers[0].tensor,
+        classes=classes,
+        unit_of=unit,
+        axes=tuple({units.tobytes(): units for units in along if len(units)}.values()),
+        locked=locked,
+        counts=tuple(table for kind, table in tables if table is not None and kind != "split"),
+        equals=tuple(table for kind, table in tables if table is not None and kind == "split"),
+        weaves=tuple(weaves),
+        parts=tuple(_in_units(part, local) for part in parts),
+        members=tuple(members),
+        pin=_pin_reason(analysis.classes, classes) if locked.all() else None,
+    )
+
+
+def _in_units(part: Part, local: Index) -> Part:
+    units = np.unique(local[part.members])
+    return Part(units, min(part.least, len(units)))
+
+
+def _count_table(block: Block, local: Index, units: int) -> Index | None:
+    """How many members of each unit stand in each row, shape (rows, units); None where any choice is rectangular."""
+    inside = local[block.members]
+    if (inside < 0).all():
+        return None
+    table = np.zeros((len(inside), units + 1), dtype=np.int64)
+    np.add.at(table, (np.arange(len(inside))[:, None], inside), 1)
+    table = table[:, :units]
+    full = block.members.shape[1]
+    may_vanish = block.slabs is None and np.isin(table, (0, full)).all()
+    if may_vanish or (table == table[0]).all():
+        return None
+    return table
+
+
+def _pin_reason(classes: Classes, inside: Index) -> str:
+    position = classes.pin_of[inside].max()
+    if position < 0:
+        return "counts rows that must all stay"
+    pin = classes.pins[position]
+    return f"{pin.reason} ({pin.node})"
