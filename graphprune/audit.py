@@ -16,9 +16,9 @@ from graphprune.budget import cost
 from graphprune.errors import ConfigError, ModelError
 from graphprune.weights import read_weights
 from speedup.agreement import compare, tensors
-from speedup.analysis import Analysis, analyse, attribute
+from speedup.analysis import Analysis, analyse
 from speedup.atoms import Mask
-from speedup.capture import Captured, captured_from
+from speedup.capture import Captured, attribute, captured_from
 from speedup.cut import ShrunkGraph, shrink_graph
 from speedup.errors import PlanError, ProofError
 from speedup.inputs import batch_size
@@ -67,13 +67,16 @@ def _findings(folder: Path, progress: Callable[[str], None]) -> Iterator[Finding
     yield Finding(files.DENSE_PROGRAM, f"{len(captured.nodes)} nodes captured, {len(analysis.parameters)} tensors")
 
     progress(files.PLAN)
-    live = live_from_keep(analysis, blueprint.plan)
-    _check_plan(analysis, live, blueprint.plan)
-    yield Finding(files.PLAN, f"follows from the {int(live.sum())} of {len(live)} channel labels that it keeps")
+    plan = blueprint.plan.of(analysis.parameters.keys() | (blueprint.plan.tensors - set(captured.unused)))
+    live = live_from_keep(analysis, plan)
+    _check_plan(analysis, live, plan)
+    fact = f"follows from the {int(live.sum())} of {len(live)} channel labels that it keeps"
+    others = len(blueprint.plan.tensors - plan.tensors)
+    yield Finding(files.PLAN, f"{fact}; {others} tensors of training alone are not proven" if others else fact)
 
     progress("proof")
-    graph = shrink_graph(captured, blueprint.plan)
-    proof = prove(analysis, live, blueprint.plan, graph)
+    graph = shrink_graph(captured, plan)
+    proof = prove(analysis, live, plan, graph)
     yield Finding(
         "proof", f"{proof.nodes} nodes equal the masked original, to {proof.difference:.1g} of the largest value"
     )

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from graphprune.errors import ModelError
-from speedup.analysis import attribute, tensor_names
-from speedup.capture import Captured
+from speedup.analysis import tensor_names
+from speedup.capture import Captured, attribute
 from speedup.plan import ShrinkPlan
 from speedup.repair import Repair
 from speedup.shrink import Shrunk

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from speedup.capture import Captured
+from speedup.capture import Captured, attribute
 from speedup.inputs import batch_size
 
 
@@ -19,7 +19,7 @@ class Cost:
     """What a graph costs for one example.
 
     Attributes:
-        params: Number of parameters; tied weights count once.
+        params: Number of parameters that it uses; tied weights count once.
         macs: Multiply-accumulates for one example (half the floating-point operations that PyTorch counts).
         macs_by_layer: The same for each module that owns the weight of an operator.
         shapes: Shape of every parameter by name.
@@ -67,9 +67,11 @@ def cost(module: fx.GraphModule, captured: Captured) -> Cost:
         except DynamicOutputShapeException:  # a mask as an index: how many it takes is no shape
             counting = _Counting(module, Tensor.clone)
             counting.run(*captured.flat_inputs(), enable_io_processing=False)
+    used = {id(attribute(module, str(n.target))) for n in module.graph.find_nodes(op="get_attr") if n.users}
+    parameters = {name: parameter for name, parameter in module.named_parameters() if id(parameter) in used}
     return Cost(
-        params=sum(parameter.numel() for parameter in module.parameters()),
+        params=sum(parameter.numel() for parameter in parameters.values()),
         macs=sum(counting.flops.values()) // 2 // batch,
         macs_by_layer={layer: flops // 2 // batch for layer, flops in counting.flops.items()},
-        shapes={name: tuple(parameter.shape) for name, parameter in module.named_parameters()},
+        shapes={name: tuple(parameter.shape) for name, parameter in parameters.items()},
     )

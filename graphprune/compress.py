@@ -17,8 +17,8 @@ from graphprune.errors import ConfigError, ModelError
 from graphprune.groups import ChannelGroup, Member
 from graphprune.report import Report, build_report
 from graphprune.select import Selection, select
-from speedup.analysis import Analysis, analyse, attribute
-from speedup.capture import capture
+from speedup.analysis import Analysis, analyse
+from speedup.capture import attribute, capture
 from speedup.inputs import ExampleInputs
 from speedup.plan import ShrinkPlan
 from speedup.planning import make_plan

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from speedup.analysis import Analysis, attribute
+from speedup.analysis import Analysis
 from speedup.atoms import Index, Plane, core, support
+from speedup.capture import attribute
 from speedup.rules.call import raw_argument
 
 Scores = NDArray[np.float64]

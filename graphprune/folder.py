@@ -103,15 +103,10 @@ def _as_module(model: nn.Module, blueprint: Blueprint) -> nn.Module:
     for name in blueprint.plan.tensors:
         try:
             dense = operator.attrgetter(name)(model)
-            swaps[id(dense)] = _cut(blueprint, name, dense)
+            swaps[id(dense)] = blueprint.plan.cut_copy(name, dense)
         except AttributeError as error:
             raise ModelError(f"{name}: this model does not have it. Use the model that was compressed.") from error
     return repaired(model, swaps, blueprint.repairs)
-
-
-def _cut(blueprint: Blueprint, name: str, dense: Tensor) -> Tensor:
-    cut = blueprint.plan.cut(name, dense.detach()).clone()
-    return nn.Parameter(cut, dense.requires_grad) if isinstance(dense, nn.Parameter) else cut
 
 
 def _as_graph(model: nn.Module, blueprint: Blueprint, example_inputs: ExampleInputs | None) -> nn.Module:

@@ -45,6 +45,7 @@ def build_report(
 ) -> Report:
     """Returns everything that is known of a compression; ``costs`` are those of the dense and of the shrunk graph."""
     dense, small = costs
+    captured = dependencies.analysis.captured
     return {
         "request": request.model_dump(),
         "round_to": block,
@@ -53,6 +54,7 @@ def build_report(
         "groups": [_chosen(choice) for choice in selection.choices if choice.group.pin is None],
         "layers": _layers(dense, small),
         "pinned": _pinned(dependencies, selection),
+        "unused": sorted(set(captured.unused) - dependencies.analysis.parameters.keys()),
         "unknown_operators": [
             {"node": node.name, "operator": str(node.target)} for node in dependencies.analysis.unknown
         ],

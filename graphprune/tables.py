@@ -154,8 +154,9 @@ def _proof(report: Report) -> str:
 
 
 def _warnings(report: Report) -> list[str]:
+    unused = [f"{name} is used by no forward and stays as it is." for name in report["unused"][:3]]
     exported = [f"{name}: {one['note']}" for name, one in report["exports"].items() if one["note"]]
-    return exported + list(report["latency"]["warnings"] if report["latency"] else ())
+    return unused + exported + list(report["latency"]["warnings"] if report["latency"] else ())
 
 
 def _files(sizes: Mapping[str, int], folder: Path) -> RenderableType:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from speedup.atoms import Flow, Index, Labels, Mask, Pin, Plane, support
-from speedup.capture import Captured
+from speedup.capture import Captured, attribute
 from speedup.classes import Classes, solve
 from speedup.rules import Call, Rule, rule_for
 from speedup.rules.call import hint, sizes, symbolic_dims
@@ -32,7 +32,7 @@ class Analysis:
     Attributes:
         captured: The graph.
         labels: Labels of every tensor node by node name; a list for nodes with several outputs.
-        parameters: Labels of every parameter and buffer by its qualified name.
+        parameters: Labels of every parameter and buffer by its qualified name; those that only training uses as well.
         aliases: For each name under which a tensor is registered, the name that ``parameters`` uses.
         classes: The atoms, sorted into classes.
         unknown: Nodes whose operator has no rule.
@@ -44,12 +44,6 @@ class Analysis:
     aliases: Mapping[str, str]
     classes: Classes
     unknown: tuple[fx.Node, ...]
-
-    @property
-    def unused(self) -> tuple[str, ...]:
-        """Parameters that the captured forward does not use: heads for training only, spare layers."""
-        used = {id(attribute(self.captured.graph_module, name)) for name in self.parameters}
-        return tuple(name for name, tensor in self.captured.model.named_parameters() if id(tensor) not in used)
 
     def pinned_by(self, planes: tuple[Plane, ...]) -> Pin | None:
         """The first reason that fixes an atom of ``planes``."""
@@ -99,21 +93,35 @@ class Analysis:
 
 
 def analyse(captured: Captured) -> Analysis:
-    """Returns the labels of every tensor of ``captured``, found in one pass over its graph."""
+    """Returns the labels of every tensor of ``captured``, found in one pass over its graph.
+
+    What training alone computes, with the same parameters, is followed as well: its channels are the same ones.
+    """
     flow = Flow()
-    names = tensor_names(captured.graph_module)
-    joint = _joint_parameters(captured.nodes, names)
+    names = tensor_names(captured.graph_module, *filter(None, [captured.training]))
     parameters: dict[str, Labels] = {}
+    labels, unknown = _labelled(flow, captured.graph_module, names, parameters)
+    if captured.training is not None:
+        _labelled(flow, captured.training, names, parameters)
+    return Analysis(captured, labels, parameters, names, solve(flow), tuple(unknown))
+
+
+def _labelled(
+    flow: Flow, graph_module: fx.GraphModule, names: Mapping[str, str], parameters: dict[str, Labels]
+) -> tuple[dict[str, Any], list[fx.Node]]:
+    """Returns the labels of every node of a graph, and the nodes without a rule; adds the ``parameters`` it meets."""
+    nodes = list(graph_module.graph.nodes)
+    joint = _joint_parameters(nodes, names)
     labels: dict[str, Any] = {}
     unknown = []
-    for node in captured.nodes:
+    for node in nodes:
         flow.node, flow.kind = node.name, ""
         if node.op == "get_attr" and not node.users:
             continue  # not used in this mode: an auxiliary head, another name of a tied weight
         if node.op == "get_attr":
             name = names.get(str(node.target), str(node.target))
             if name not in parameters:
-                parameters[name] = _parameter(flow, attribute(captured.graph_module, name), name in joint)
+                parameters[name] = _parameter(flow, attribute(graph_module, name), name in joint)
             labels[node.name] = parameters[name]
         elif node.op == "placeholder":
             value = node.meta.get("val")
@@ -122,16 +130,16 @@ def analyse(captured: Captured) -> Analysis:
             for tensor in _tensors(fx.node.map_arg(node.args, lambda n: labels[n.name])):
                 flow.pin_all(tensor, "is an output of the model")
         elif node.target is operator.getitem and isinstance(labels[str(node.args[0])], list | tuple):
-            labels[node.name] = labels[node.args[0].name][node.args[1]]  # type: ignore[union-attr,index]  # a node and an int
+            labels[node.name] = labels[node.args[0].name][node.args[1]]
         elif not isinstance(node.meta.get("val"), Tensor | list | tuple):
             labels[node.name] = hint(node.meta.get("val"))
         else:
-            call = bind(node, labels, captured)
+            call = bind(node, labels, graph_module)
             rule = rule_for(node.target)
             if rule is None:
                 unknown.append(node)
             labels[node.name] = _run(flow, call, rule)
-    return Analysis(captured, labels, parameters, names, solve(flow), tuple(unknown))
+    return labels, unknown
 
 
 def _run(flow: Flow, call: Call, rule: Rule | None) -> Labels | list[Labels]:
@@ -148,7 +156,7 @@ def _run(flow: Flow, call: Call, rule: Rule | None) -> Labels | list[Labels]:
     return unlabelled if several else unlabelled[0]
 
 
-def bind(node: fx.Node, labels: Mapping[str, Any], captured: Captured) -> Call:
+def bind(node: fx.Node, labels: Mapping[str, Any], graph_module: fx.GraphModule) -> Call:
     """Returns the call of ``node`` with every argument by name, tensors as labels and numbers as in the example."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]  # call_function nodes hold OpOverloads
     given = dict(zip((argument.name for argument in schema), node.args, strict=False)) | node.kwargs
@@ -160,11 +168,11 @@ def bind(node: fx.Node, labels: Mapping[str, Any], captured: Captured) -> Call:
     constants: dict[str, Any] = {}
     for name, value in raw.items():
         if isinstance(value, fx.Node) and value.op == "get_attr":
-            constants[name] = attribute(captured.graph_module, str(value.target))
+            constants[name] = attribute(graph_module, str(value.target))
         elif isinstance(value, list | tuple):
             known = {i: item for i, item in enumerate(value) if isinstance(item, fx.Node) and item.op == "get_attr"}
             if known:
-                constants[name] = {i: attribute(captured.graph_module, str(item.target)) for i, item in known.items()}
+                constants[name] = {i: attribute(graph_module, str(item.target)) for i, item in known.items()}
     value = node.meta["val"]
     outputs = value if isinstance(value, list | tuple) else [value]
     values = {name: fx.node.map_arg(item, lambda n: labels[n.name]) for name, item in raw.items()}
@@ -177,23 +185,15 @@ def bind(node: fx.Node, labels: Mapping[str, Any], captured: Captured) -> Call:
     )
 
 
-def attribute(module: nn.Module, name: str) -> Tensor:
-    """The tensor registered in ``module`` under the qualified ``name``."""
-    found: Any = module
-    for part in name.split("."):
-        found = getattr(found, part)
-    assert isinstance(found, Tensor)
-    return found
-
-
-def tensor_names(graph_module: fx.GraphModule) -> dict[str, str]:
-    """For every name under which the graph reads a tensor the first name of that tensor: tied weights are one."""
+def tensor_names(*graph_modules: fx.GraphModule) -> dict[str, str]:
+    """For every name under which the graphs read a tensor the first name of that tensor: tied weights are one."""
     first: dict[int, str] = {}
     names = {}
-    for node in graph_module.graph.nodes:
-        if node.op == "get_attr" and node.users and isinstance(node.meta.get("val"), Tensor):
-            name = str(node.target)
-            names[name] = first.setdefault(id(attribute(graph_module, name)), name)
+    for graph_module in graph_modules:
+        for node in graph_module.graph.find_nodes(op="get_attr"):
+            if node.users and isinstance(node.meta.get("val"), Tensor):
+                name = str(node.target)
+                names[name] = first.setdefault(id(attribute(graph_module, name)), name)
     return names
 
 

@@ -8,10 +8,11 @@ import copy
 import inspect
 import io
 import logging
+import operator
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ class Captured:
         args: Positional example inputs, with a batch of two or more.
         kwargs: Keyword example inputs, likewise.
         program: What ``torch.export`` gave, from which the graph was made.
+        training: The graph of the training mode, where that uses parameters which evaluation does not (auxiliary
+            heads); None if it does not, or cannot be captured.
     """
 
     model: nn.Module
@@ -43,6 +46,7 @@ class Captured:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     program: ExportedProgram
+    training: fx.GraphModule | None = None
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -56,6 +60,13 @@ class Captured:
         sizes = [size for value in inputs if isinstance(value, Tensor) for size in value.shape]
         dynamic = any(not is_concrete_int(size) for size in sizes)
         return None if dynamic else batch_size((self.args, self.kwargs))
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Parameters that the graph does not use: heads for training only, spare layers."""
+        read = self.graph_module.graph.find_nodes(op="get_attr")
+        used = {id(attribute(self.graph_module, str(node.target))) for node in read if node.users}
+        return tuple(name for name, tensor in self.model.named_parameters() if id(tensor) not in used)
 
     def flat_inputs(self) -> list[Any]:
         """The example inputs, one for each placeholder."""
@@ -87,7 +98,8 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Captured:
             ) from error
         for some_args, some_kwargs, dynamic in attempts(args, kwargs):
             try:
-                return captured_from(to_program(model, some_args, some_kwargs, dynamic=dynamic), model)
+                captured = captured_from(to_program(model, some_args, some_kwargs, dynamic=dynamic), model)
+                return replace(captured, training=_training_graph(captured))
             except CaptureError as error:
                 refusal = refusal or error
     assert refusal is not None
@@ -108,6 +120,23 @@ def captured_from(program: ExportedProgram, model: nn.Module | None = None) -> C
     graph_module.recompile()
     args, kwargs = program.example_inputs
     return Captured(graph_module if model is None else model, graph_module, args, kwargs, program)
+
+
+def _training_graph(captured: Captured) -> fx.GraphModule | None:
+    if not captured.unused:
+        return None
+    captured.model.train()  # capture puts the modes back
+    try:
+        dynamic = captured.fixed_batch is None
+        program = to_program(captured.model, captured.args, captured.kwargs, dynamic=dynamic)
+    except CaptureError:
+        return None
+    return captured_from(program, captured.model).graph_module
+
+
+def attribute(module: nn.Module, name: str) -> Any:
+    """Whatever is registered in ``module`` under the qualified ``name``."""
+    return operator.attrgetter(name)(module)
 
 
 def to_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, dynamic: bool) -> ExportedProgram:

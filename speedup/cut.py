@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from speedup.analysis import attribute, tensor_names
-from speedup.capture import Captured
+from speedup.analysis import tensor_names
+from speedup.capture import Captured, attribute
 from speedup.errors import PlanError
 from speedup.inputs import batch_size
 from speedup.plan import Scaled, ShrinkPlan
@@ -54,7 +54,7 @@ def shrink_graph(captured: Captured, plan: ShrinkPlan) -> ShrunkGraph:
     for node in graph.nodes:
         if node.op == "get_attr":
             name = names.get(str(node.target), str(node.target))
-            root[str(node.target)] = tensors.get(name, None) if name in tensors else _attribute(source, name)
+            root[str(node.target)] = tensors[name] if name in tensors else attribute(source, name)
     shrunk = ShrunkGraph(root, graph, type(captured.model).__name__)
     if captured.fixed_batch is not None:
         shrunk.register_forward_pre_hook(_at_batch_only(captured.fixed_batch), with_kwargs=True)
@@ -78,17 +78,8 @@ def cut_tensors(captured: Captured, plan: ShrinkPlan) -> dict[str, Tensor]:
     """Returns for every tensor of the graph by name what the plan keeps of it, as a new tensor."""
     result: dict[str, Tensor] = {}
     for name in dict.fromkeys(tensor_names(captured.graph_module).values()):
-        dense = attribute(captured.graph_module, name)
-        cut = plan.cut(name, dense.detach()).clone()
-        result[name] = nn.Parameter(cut, dense.requires_grad) if isinstance(dense, nn.Parameter) else cut
+        result[name] = plan.cut_copy(name, attribute(captured.graph_module, name))
     return result
-
-
-def _attribute(module: nn.Module, name: str) -> Any:
-    found: Any = module
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found
 
 
 def _rewrite(graph: fx.Graph, node: fx.Node, argument: str, value: Any, tensors: dict[str, Tensor]) -> None:

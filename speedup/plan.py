@@ -1,12 +1,12 @@
 """The contract between deciding and doing: of this dimension of this tensor keep these indices."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from speedup.atoms import Index
 from speedup.errors import PlanError
@@ -74,6 +74,16 @@ class ShrinkPlan:
             where = where.reshape(*where.shape, *(1,) * (tensor.dim() - 2))
             tensor = tensor.gather(1, where.expand(*where.shape[:2], *tensor.shape[2:]))
         return tensor
+
+    def cut_copy(self, name: str, tensor: Tensor) -> Tensor:
+        """Returns what is kept of ``tensor`` as a new tensor; of a parameter as a parameter."""
+        cut = self.cut(name, tensor.detach()).clone()
+        return nn.Parameter(cut, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cut
+
+    def of(self, names: Container[str]) -> "ShrinkPlan":
+        """Returns what it says of the tensors in ``names``, and its literals."""
+        keep = {axis: indices for axis, indices in self.keep.items() if axis.tensor in names}
+        return ShrinkPlan(keep, {name: rows for name, rows in self.rows.items() if name in names}, self.literals)
 
     @property
     def tensors(self) -> frozenset[str]:

@@ -5,7 +5,6 @@ that no zero, no tie and no fresh batch norm can hide a mistake. The masked orig
 by its live mask; norms and means count what is left.
 """
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from speedup.analysis import Analysis, analyse, attribute, tensor_names
+from speedup.analysis import Analysis, analyse, tensor_names
 from speedup.atoms import Labels, Mask
-from speedup.capture import capture, evaluating
+from speedup.capture import attribute, capture, evaluating
 from speedup.cut import ShrunkGraph, shrink_graph
 from speedup.errors import ProofError, first_line
 from speedup.inputs import ExampleInputs, batch_size
@@ -136,7 +135,7 @@ class _Lockstep:
         return Proof(compared, worst, where, TOLERANCE, batch)
 
     def _dense_tensor(self, node: fx.Node) -> Any:
-        value = attribute_or_none(self.analysis.captured.graph_module, str(node.target))
+        value = attribute(self.analysis.captured.graph_module, str(node.target))
         if not isinstance(value, Tensor):
             return value
         name = self.names.get(str(node.target), str(node.target))
@@ -145,7 +144,7 @@ class _Lockstep:
         return tensor.clone() if mask is None else tensor * mask
 
     def _small_tensor(self, node: fx.Node) -> Any:
-        value = attribute_or_none(self.shrunk, str(node.target))
+        value = attribute(self.shrunk, str(node.target))
         name = self.names.get(str(node.target))
         if not isinstance(value, Tensor) or name is None:
             return value
@@ -232,11 +231,6 @@ class _Lockstep:
         alive = mask.permute(order).reshape([mask.shape[dim] for dim in dims])
         picked = value.permute(order)[alive].reshape([shape[dim] for dim in order])
         return picked.permute([order.index(dim) for dim in range(value.dim())])
-
-
-def attribute_or_none(module: torch.nn.Module, name: str) -> Any:
-    """Whatever is registered in ``module`` under the qualified ``name``."""
-    return operator.attrgetter(name)(module)
 
 
 def _exact(value: Any) -> Any:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from speedup.analysis import attribute, tensor_names
-from speedup.capture import Captured, evaluating
+from speedup.analysis import tensor_names
+from speedup.capture import Captured, attribute, evaluating
 from speedup.cut import ShrunkGraph, shrink_graph
 from speedup.errors import first_line
 from speedup.inputs import batch_size, with_batch
@@ -43,11 +43,11 @@ def shrink(captured: Captured, plan: ShrinkPlan) -> Shrunk:
     graph = shrink_graph(captured, plan)
     for module in captured.graph_module.modules():
         module.training = captured.model.training
-    swaps = _swaps(captured, graph)
+    swaps = _swaps(captured, plan, graph)
     obstacle = ""
     for repairs in candidates(find_repairs(captured, plan)):
         module = repaired(captured.model, swaps, repairs)
-        found = difference(module, graph, captured)
+        found = difference(module, graph, captured) or _training_error(module, captured)
         if found is None:
             return Shrunk(module, graph, repairs, None)
         obstacle = obstacle or found
@@ -55,10 +55,28 @@ def shrink(captured: Captured, plan: ShrinkPlan) -> Shrunk:
     return Shrunk(graph, graph, (), obstacle)
 
 
-def _swaps(captured: Captured, graph: ShrunkGraph) -> dict[int, Tensor]:
+def _swaps(captured: Captured, plan: ShrinkPlan, graph: ShrunkGraph) -> dict[int, Tensor]:
     """For each tensor of the user's model by identity the one that takes its place."""
     names = tensor_names(captured.graph_module)
-    return {id(attribute(captured.graph_module, name)): attribute(graph, name) for name in names}
+    swaps = {id(attribute(captured.graph_module, name)): attribute(graph, name) for name in names}
+    for name in sorted(plan.tensors.difference(names)):  # what training alone uses
+        dense = attribute(captured.graph_module, name)
+        swaps[id(dense)] = plan.cut_copy(name, dense)
+    return swaps
+
+
+def _training_error(module: nn.Module, captured: Captured) -> str | None:
+    """How ``module`` fails in training mode where that computes more; None if it does not."""
+    if captured.training is None:
+        return None
+    module = copy.deepcopy(module).train()
+    args, kwargs = copy.deepcopy((captured.args, captured.kwargs))
+    try:
+        with torch.no_grad():
+            module(*args, **kwargs)
+    except Exception as error:  # noqa: BLE001  # whatever the user's code raises
+        return f"{_last_line_of(error)}: {first_line(error)}"
+    return None
 
 
 def difference(module: nn.Module, graph: ShrunkGraph, captured: Captured) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import graphprune
 from graphprune import Result
 from speedup.cut import ShrunkGraph
+from speedup.plan import Axis
 from speedup.repair import Repair
 
 
@@ -385,3 +386,56 @@ def test_a_gain_of_a_grouped_weight_keeps_the_class() -> None:
     result = compressed(net, image())
     assert type(result.model) is Net
     assert (result.model.w.shape[:2], result.model.g.shape[0]) == ((4, 2), 4)
+
+
+class Auxiliary(nn.Module):
+    """With a head for training alone, and a parameter for nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o, self.aux, self.fc = conv(3, 8), conv(8, 2), conv(8, 6), nn.Linear(6, 2)
+        self.spare = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.a(x)
+        if self.training:
+            return self.o(x), self.fc(self.aux(x).mean((2, 3)))
+        return self.o(x)
+
+
+class Sized(Auxiliary):
+    """With a size in the code that only training runs."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(self.a(x).view(-1, 8, 6, 6)[:, :3] if self.training else x)
+
+
+def test_a_head_for_training_shrinks_with_the_rest() -> None:
+    model = Auxiliary().train()
+    with torch.no_grad():
+        model.a.weight[::2] *= 0.1
+    result = compressed(model, image())
+    small: Any = result.model
+    assert type(small) is Auxiliary and small.training
+    assert (small.a.weight.shape[0], small.aux.weight.shape[:2], small.fc.weight.shape) == (4, (3, 4), (2, 3))
+    first, second = small(image())
+    (first.sum() + second.sum()).backward()
+    assert small.aux.weight.grad.abs().sum() > 0
+    assert result.report["unused"] == ["spare"] and result.report["params"]["dense"] == 8 * 28 + 2 * 73
+    expected = copy.deepcopy(model)
+    with torch.no_grad():
+        gone = torch.ones(8, dtype=torch.bool)
+        gone[result.plan.keep[Axis("a.weight", 0)]] = False
+        expected.a.weight[gone], expected.a.bias[gone] = 0, 0
+        kept = torch.as_tensor(result.plan.keep[Axis("aux.weight", 0)])
+        masked = torch.zeros(6).index_fill(0, kept, 1)
+        expected.aux.weight.mul_(masked.view(-1, 1, 1, 1))
+        expected.aux.bias.mul_(masked)
+        for found, right in zip(small(image()), expected(image()), strict=True):
+            torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+
+
+def test_a_size_in_the_code_of_training_is_an_obstacle() -> None:
+    result = compressed(Sized().train(), image())
+    assert isinstance(result.model, ShrunkGraph)
+    assert "invalid for input" in (result.shrunk.obstacle or "")

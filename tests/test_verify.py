@@ -58,12 +58,12 @@ def convolutional() -> Net:
 def moving() -> Net:
     def forward(n: Net, x: Tensor) -> Tensor:
         p, q, r = n.a(x).chunk(3, 1)
-        y = torch.cat([q, r + x[:, :2], p], 1).roll(3, 1)[:, 1:9]
+        y = torch.cat([q, r + x, p], 1).roll(3, 1)[:, 1:9]
         y = F.pad(y, (0, 0, 0, 0, 3, 1)) + n.b(x)
         return n.o(y[:, n.i].unflatten(1, (3, 4)).flip(2).flatten(1, 2))
 
     order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
-    return Net(forward, a=conv(3, 10), b=conv(3, 12), i=order, o=conv(12, 2))
+    return Net(forward, a=conv(3, 11), b=conv(3, 12), i=order, o=conv(12, 2))
 
 
 def token_mixing() -> Net:
