@@ -117,6 +117,7 @@ def find_groups(analysis: Analysis) -> tuple[ChannelGroup, ...]:
             axes=by_tensor(members[label]),
             parts=parts.get(label, ()),
             unit_of=unit_of,
+            locked=unit_of[pinned | counting],  # a row that is counted stays, and so does what is tied to its slab
             counted=counted,
         )
         for index, label in enumerate(members)
@@ -217,19 +218,16 @@ def _group(
     axes: Sequence[_Axis],
     parts: Sequence[Part],
     unit_of: Index,
+    locked: Index,
     counted: Sequence[Block],
 ) -> ChannelGroup:
-    pinned = analysis.classes.pin_of >= 0
     units, unit = np.unique(unit_of[classes], return_inverse=True)
-    locked = np.isin(units, unit_of[pinned])
     local = np.full(analysis.classes.count, -1, dtype=np.int64)
     local[classes] = unit
-    for block in counted:  # a row that is counted stays, and so does what is tied to its slab
-        if block.slabs is not None:
-            locked[local[block.slabs][local[block.slabs] >= 0]] = True
     tables = [(block.kind, _count_table(block, local, len(units))) for block in counted]
     weaves = [local[weave.turns] for weave in analysis.classes.weaves if (local[weave.turns] >= 0).all()]
-    along = [local[axis.classes[local[axis.classes] >= 0]] for axis in axes if len(axis.dims) == 1]
+    along = [local[axis.classes[local[axis.classes] >= 0]] for axis in axes]
+    along = [one if len(axis.dims) == 1 else np.unique(one) for one, axis in zip(along, axes, strict=True)]
     producers = [member for member in members if member.role == "out"] or list(members)
     return ChannelGroup(
         index=index,
@@ -237,13 +235,13 @@ def _group(
         classes=classes,
         unit_of=unit,
         axes=tuple({units.tobytes(): units for units in along if len(units)}.values()),
-        locked=locked,
+        locked=np.isin(units, locked),
         counts=tuple(table for kind, table in tables if table is not None and kind != "split"),
         equals=tuple(table for kind, table in tables if table is not None and kind == "split"),
         weaves=tuple(weaves),
         parts=tuple(_in_units(part, local) for part in parts),
         members=tuple(members),
-        pin=_pin_reason(analysis.classes, classes) if locked.all() else None,
+        pin=_pin_reason(analysis.classes, classes) if np.isin(units, locked).all() else None,
     )
 
 
