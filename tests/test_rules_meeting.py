@@ -97,6 +97,29 @@ def scaled_heads(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
     return net.d(y), net.o(net.b(x))
 
 
+def grouped_queries(net: Net, x: Tensor) -> Tensor:
+    q, k, v = (layer(x).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (net.q, net.k, net.v))
+    k, v = (y[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2) for y in (k, v))
+    return net.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def heads_and_groups(net: Net, x: Tensor) -> Tensor:
+    y = net.a(x).unflatten(1, (3, 4))
+    return net.o(net.g((y + y.sum(2, keepdim=True)).flatten(1, 2)))
+
+
+def heads_with_a_fixed_channel(net: Net, x: Tensor) -> Tensor:
+    y = net.a(x)
+    return net.o(y.unflatten(1, (3, 2)).relu().flatten(1, 2)) + net.p(y[:, 5:])
+
+
+def transposed_twice(net: Net, x: Tensor) -> Tensor:
+    y = net.a(x)
+    for _ in range(2):
+        y = y.unflatten(1, (2, 3)).transpose(1, 2).flatten(1, 2)
+    return net.o(y) + net.p(net.b(x))
+
+
 def without_gradients(net: Net, x: Tensor) -> Tensor:
     with torch.no_grad():
         y = net.a(x)
@@ -155,6 +178,43 @@ CASES = (
         image(),
         ("8: b.weight/0 b.bias/0 o.weight/1",),
         {"a.weight/0": "is an output", "w/0": "is an output"},
+    ),
+    Case(
+        "key_value_heads_repeated_by_expand",
+        lambda: Net(grouped_queries, q=nn.Linear(12, 16), k=nn.Linear(12, 8), v=nn.Linear(12, 8), o=nn.Linear(16, 2)),
+        tokens(),
+        ("2: q.weight/0 q.bias/0 k.weight/0 k.bias/0 v.weight/0 v.bias/0 o.weight/1",),
+    ),
+    Case(
+        "heads_of_whole_groups",
+        lambda: Net(heads_and_groups, a=conv(3, 12), g=conv(12, 12, groups=6), o=conv(12, 2)),
+        image(),
+        ("3: a.weight/0 a.bias/0 g.weight/0 g.weight/01 g.bias/0 o.weight/1",),
+    ),
+    Case(
+        "heads_with_a_fixed_channel",
+        lambda: Net(heads_with_a_fixed_channel, a=conv(3, 6), o=conv(6, 2), p=conv(1, 2)),
+        image(),
+        ("6: a.weight/0 a.bias/0 o.weight/1",),
+    ),
+    Case(
+        "transposed_twice",
+        lambda: Net(transposed_twice, a=conv(3, 6), o=conv(6, 2), b=conv(3, 6), p=conv(6, 2)),
+        image(),
+        ("6: b.weight/0 b.bias/0 p.weight/1", "1: a.weight/0 a.bias/0 o.weight/1"),
+    ),
+    Case(
+        "deviation_over_channels",
+        lambda: Net(lambda n, x: n.o(n.a(x) / n.a(x).std(1, keepdim=True)), a=conv(3, 3), o=conv(3, 2)),
+        image(),
+        ("3: a.weight/0 a.bias/0 o.weight/1",),
+        mixes=True,
+    ),
+    Case(
+        "filler_that_nothing_scores",
+        lambda: Net(lambda n, x: n.o(torch.cat([x.new_zeros(x.shape[0], 2, 6, 6), n.a(x)], 1)), a=conv(3, 6), o=conv(8, 2)),
+        image(),
+        ("6: a.weight/0 a.bias/0 o.weight/1*6", "2: o.weight/1*2"),
     ),
     Case(
         "no_grad_inside_forward",
