@@ -88,7 +88,7 @@ def select(
         live[group.classes[~keep[group.unit_of]]] = False
         kept = int(keep.sum())
         if kept != wanted:
-            note = f"{wanted} asked; its blocks must keep the same number in each row"
+            note = f"kept {kept}, not {wanted}: as its blocks, splits and shuffles allow"
         choices.append(Choice(group, asked, kept, note))
     return Selection(dependencies.analysis.classes.with_slabs(live), tuple(choices))
 
@@ -175,20 +175,32 @@ def _best_rectangular(group: ChannelGroup, scores: Scores, target: Callable[[int
 
 
 def _approached(group: ChannelGroup, scores: Scores, target: Callable[[int], int]) -> Mask | None:
-    """One integer program over units whose axes may miss their counts at a price: for counts that cannot all be met."""
-    program = _Program(np.ones(group.units))
-    for axis in group.axes:
-        weights = np.bincount(axis, minlength=group.units).astype(float)
-        program.aim(weights, target(len(axis)))
-    for table in group.counts:
+    """Two integer programs for counts that cannot all be met: how many stay along each axis, then which units."""
+    nearing, choosing = _Program(np.ones(group.units)), _Program(np.ones(group.units))
+    axes = [np.bincount(axis, minlength=group.units).astype(float) for axis in group.axes]
+    for axis, weights in zip(group.axes, axes, strict=True):
+        nearing.aim(weights, target(len(axis)))
+    _constrain(nearing, group, group.counts)
+    near = nearing.solve(np.zeros(group.units), group.locked.astype(float), gap=0.5)
+    if near is None:
+        return None
+    for weights in axes:
+        count = float(weights @ np.rint(near))
+        choosing.between(weights, count, count)
+    _constrain(choosing, group, group.counts)
+    chosen = choosing.solve(scores / (scores.max() or 1.0), group.locked.astype(float), gap=0.02)
+    return (near if chosen is None else chosen) > 0.5
+
+
+def _constrain(program: "_Program", group: ChannelGroup, tables: Sequence[Index]) -> None:
+    """Keeps the rows of ``tables`` equal, the parts of a group alive and its weaves in turn."""
+    for table in tables:
         for row in table[1:]:
             program.between((row - table[0]).astype(float), 0, 0)
     for part in group.parts:
         program.between(np.bincount(part.members, minlength=group.units).astype(float), part.least, np.inf)
     for weave in group.weaves:
         program.take_turns(weave)
-    keep = program.solve(scores / (scores.max() or 1.0) / 5, group.locked.astype(float), gap=0.3)
-    return None if keep is None else keep > 0.5
 
 
 def _solved(group: ChannelGroup, tables: Sequence[Index], scores: Scores, target: Callable[[int], int]) -> Mask | None:
@@ -219,10 +231,7 @@ def _solved(group: ChannelGroup, tables: Sequence[Index], scores: Scores, target
     choosing = _Program(np.ones(group.units))
     for cell, count in enumerate(np.rint(counts)):
         choosing.between((cell_of == cell).astype(float), count, count)
-    for part in group.parts:
-        choosing.between(np.bincount(part.members, minlength=group.units).astype(float), part.least, np.inf)
-    for weave in group.weaves:
-        choosing.take_turns(weave)
+    _constrain(choosing, group, ())
     chosen = choosing.solve(scores / (scores.max() or 1.0), group.locked.astype(float))
     return None if chosen is None else chosen > 0.5
 
