@@ -17,11 +17,11 @@ from graphprune.errors import ConfigError, ModelError
 from graphprune.weights import read_weights
 from speedup.agreement import compare, tensors
 from speedup.analysis import Analysis, analyse
-from speedup.atoms import Mask
 from speedup.capture import Captured, attribute, captured_from
 from speedup.cut import ShrunkGraph, shrink_graph
 from speedup.errors import PlanError, ProofError
 from speedup.inputs import batch_size
+from speedup.labels import Mask
 from speedup.plan import ShrinkPlan
 from speedup.planning import live_from_keep, make_plan
 from speedup.proof import prove

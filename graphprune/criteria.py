@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from speedup.analysis import Analysis
-from speedup.atoms import Index, Plane, core, support
 from speedup.capture import attribute
+from speedup.labels import Index, Plane, core, support
 from speedup.rules.call import raw_argument
 
 Scores = NDArray[np.float64]

@@ -11,9 +11,9 @@ from torch import nn
 
 from graphprune.groups import ChannelGroup, find_groups
 from speedup.analysis import Analysis, analyse
-from speedup.atoms import Labels, support
 from speedup.capture import capture
 from speedup.inputs import ExampleInputs
+from speedup.labels import Labels, support
 from speedup.rules import rule_for
 
 _KINDS: Mapping[object, str] = {operator.getitem: "slice"}

@@ -10,8 +10,9 @@ from scipy.sparse.csgraph import connected_components
 
 from graphprune.units import counting_slabs, find_units
 from speedup.analysis import Analysis
-from speedup.atoms import Block, Index, Mask, Part, support
 from speedup.classes import Classes
+from speedup.flow import Block, Part
+from speedup.labels import Index, Mask, support
 
 
 @dataclass(frozen=True)

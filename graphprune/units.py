@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from speedup.atoms import Block, Index, Mask
+from speedup.flow import Block
+from speedup.labels import Index, Mask
 
 _GROUPED = ("convolution", "group norm")
 """Kinds of blocks whose rows go whole only where that is the finer choice; rows of other slabs (heads) always may."""

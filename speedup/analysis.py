@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from speedup.atoms import Flow, Index, Labels, Mask, Pin, Plane, support
 from speedup.capture import Captured, attribute
 from speedup.classes import Classes, solve
+from speedup.flow import Flow, Pin
+from speedup.labels import Index, Labels, Mask, Plane, support
 from speedup.rules import Call, Rule, rule_for
 from speedup.rules.call import hint, sizes, symbolic_dims
 

@@ -10,8 +10,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from speedup.atoms import Block, Flow, Index, Labels, Mask, Part, Pin, Plane, core, narrowed, support
 from speedup.errors import PlanError
+from speedup.flow import Block, Flow, Part, Pin
+from speedup.labels import Index, Labels, Mask, Plane, core, narrowed, support
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import torch
 from torch import fx
 
 from speedup.analysis import Analysis
-from speedup.atoms import Index, Labels, Mask
 from speedup.errors import PlanError
+from speedup.labels import Index, Labels, Mask
 from speedup.plan import Scaled
 from speedup.rules import Call
 

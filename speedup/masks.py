@@ -6,10 +6,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from speedup.analysis import Analysis, analyse
-from speedup.atoms import Index, Mask, support
 from speedup.capture import capture
 from speedup.errors import PlanError
 from speedup.inputs import ExampleInputs
+from speedup.labels import Index, Mask, support
 from speedup.planning import make_plan
 from speedup.proof import Proof, prove
 from speedup.shrink import shrink

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from speedup.atoms import Index
 from speedup.errors import PlanError
+from speedup.labels import Index
 
 
 @dataclass(frozen=True, order=True)

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from speedup.analysis import Analysis, bind
-from speedup.atoms import Index, Labels, Mask, support
 from speedup.errors import PlanError
+from speedup.labels import Index, Labels, Mask, support
 from speedup.literals import LITERALS, Remains
 from speedup.plan import Axis, ShrinkPlan
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from speedup.analysis import Analysis, analyse, tensor_names
-from speedup.atoms import Labels, Mask
 from speedup.capture import attribute, capture, evaluating
 from speedup.cut import ShrunkGraph, shrink_graph
 from speedup.errors import ProofError, first_line
 from speedup.inputs import ExampleInputs, batch_size
+from speedup.labels import Labels, Mask
 from speedup.masked import MASKED, execute
 from speedup.numeric import perturbed, relative_difference
 from speedup.plan import ShrinkPlan

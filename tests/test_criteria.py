@@ -9,8 +9,8 @@ from torch import nn
 
 from graphprune.criteria import CRITERIA, bn_scale, fpgm, l1, l2, random
 from speedup.analysis import Analysis, analyse
-from speedup.atoms import support
 from speedup.capture import capture
+from speedup.labels import support
 
 Numbers = NDArray[np.float64]
 

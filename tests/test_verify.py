@@ -23,10 +23,10 @@ from graphprune.criteria import CRITERIA
 from graphprune.dependency import find_dependencies
 from graphprune.select import select
 from speedup.analysis import Analysis, analyse
-from speedup.atoms import Index, Mask
 from speedup.capture import Captured, capture
 from speedup.cut import shrink_graph
 from speedup.errors import PlanError, ProofError
+from speedup.labels import Index, Mask
 from speedup.numeric import relative_difference
 from speedup.plan import Axis, Scaled, ShrinkPlan
 from speedup.planning import make_plan
@@ -416,7 +416,10 @@ def test_a_number_that_is_none_is_within_no_tolerance() -> None:
 def test_complex_numbers_may_be_rounded() -> None:
     torch.manual_seed(0)
     net = Net(
-        lambda n, x: n.o(torch.fft.irfft2(torch.fft.rfft2(n.b(n.a(x).relu())), s=(6, 6))), a=conv(3, 300), b=conv(300, 8), o=conv(8, 2)
+        lambda n, x: n.o(torch.fft.irfft2(torch.fft.rfft2(n.b(n.a(x).relu())), s=(6, 6))),
+        a=conv(3, 300),
+        b=conv(300, 8),
+        o=conv(8, 2),
     )
     assert proven(*plan_of(net, image())).difference < 1e-12
 

@@ -18,14 +18,15 @@ from graphprune.criteria import CRITERIA
 from graphprune.dependency import find_dependencies
 from graphprune.select import select
 from speedup.analysis import analyse
-from speedup.atoms import Flow, Labels, settle
 from speedup.capture import capture
 from speedup.errors import PlanError
+from speedup.flow import Flow
+from speedup.labels import Labels, settle
 from speedup.planning import make_plan
 from speedup.proof import verify
 from speedup.rules import Call, Rule, pointwise, rule_for
-from speedup.rules.movement import cat as cat_rule
-from speedup.rules.movement import split as split_rule
+from speedup.rules.indexing import cat as cat_rule
+from speedup.rules.indexing import split as split_rule
 
 aten = torch.ops.aten
 

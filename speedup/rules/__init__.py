@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 
-from speedup.rules import contraction, movement, norm, pointwise, reduction
+from speedup.rules import contraction, indexing, movement, norm, pointwise, reduction
 from speedup.rules.call import Call, Outcome, Rule
 
 __all__ = ["RULES", "Call", "Outcome", "Rule", "rule_for"]
 
+_FAMILIES = (pointwise, movement, indexing, contraction, norm, reduction)
+
 RULES: Mapping[Any, Rule] = MappingProxyType(
-    {**pointwise.RULES, **movement.RULES, **contraction.RULES, **norm.RULES, **reduction.RULES}
+    {operator: rule for family in _FAMILIES for operator, rule in family.RULES.items()}
 )
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from speedup.atoms import Flow, Labels
 from speedup.errors import CaptureError
+from speedup.flow import Flow
+from speedup.labels import Labels
 
 Outcome = Labels | list[Labels]
 RuleFunction = Callable[[Flow, "Call"], Outcome]

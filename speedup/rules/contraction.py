@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from speedup.atoms import Flow, Labels, Plane, broadcast, narrowed, settle, support
+from speedup.flow import Flow
+from speedup.labels import Labels, Plane, broadcast, narrowed, settle, support
 from speedup.rules.call import Call, Rule
 
 aten = torch.ops.aten

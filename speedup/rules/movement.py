@@ -1,13 +1,11 @@
-"""Operators that move elements and compute nothing: they are executed on the planes literally."""
-
-from collections.abc import Sequence
-from typing import Any
+"""Operators that give the elements of a tensor other places: they are executed on the planes literally."""
 
 import torch
 from torch import Tensor
 
-from speedup.atoms import Flow, Labels, Plane, core, narrowed, settle, support
-from speedup.rules.call import Call, Rule
+from speedup.flow import Flow
+from speedup.labels import Labels, Plane, core, narrowed, settle, support
+from speedup.rules.call import Call, Rule, numel
 
 aten = torch.ops.aten
 
@@ -45,127 +43,6 @@ def _executed(call: Call, plane: Plane, touched: set[int]) -> Plane:
     return settle(moved.expand(call.shape))
 
 
-def index_select(flow: Flow, call: Call) -> Labels:
-    """y[..., i, ...] = x[..., index[i], ...]: literal where the index is a constant, else ``dim`` is frozen."""
-    x = call["self"]
-    dim = call.dim(len(x.shape))
-    if "index" in call.constants:
-        _note_parts(flow, x, dim, call.constants["index"])
-        return along(flow, call)
-    frozen = flow.freeze(x, [dim], "is indexed by a tensor that depends on the input")
-    return Labels(call.shape, tuple(narrowed(plane).expand(call.shape) for plane in frozen.planes))
-
-
-def _note_parts(flow: Flow, x: Labels, dim: int, index: Tensor) -> None:
-    """Notes that the indices taken along ``dim`` are a tensor of their own."""
-    for plane in x.along(dim):
-        flow.part(settle(narrowed(plane, [dim]).index_select(dim, index)), dim)
-
-
-def split(flow: Flow, call: Call) -> list[Labels]:
-    """y_k = the k-th part of x along ``dim``; parts of equal size stay equal."""
-    x = call["self"]
-    dim = call.dim(len(x.shape))
-    starts = [0]
-    for shape in call.outputs:
-        starts.append(starts[-1] + shape[dim])
-    equal = len({shape[dim] for shape in call.outputs}) == 1 and len(call.outputs) > 1
-    for plane in x.along(dim):
-        if equal and call.node.target in _EQUAL_SPLITS and starts[1] > 1:
-            parts = plane.unflatten(dim, (len(call.outputs), -1))
-            flow.block(parts, [d for d in support(parts) if d <= dim or d != support(parts)[-1]])
-    return [_cut(flow, x, dim, start, shape) for start, shape in zip(starts, call.outputs, strict=False)]
-
-
-def _cut(flow: Flow, x: Labels, dim: int, start: int, shape: tuple[int, ...]) -> Labels:
-    """The part of a tensor that begins at ``start`` along ``dim``."""
-    planes = []
-    for plane in x.planes:
-        part = plane.narrow(dim, start, shape[dim])
-        if dim in support(plane) and shape[dim] < plane.shape[dim]:
-            flow.part(part, dim)
-        planes.append(part)
-    return Labels(shape, tuple(planes))
-
-
-def cat(flow: Flow, call: Call) -> Labels:
-    """y = x_0, x_1, ... along ``dim``; across the other dimensions the operands are one."""
-    operands = [operand for operand in call["tensors"] if operand.shape != (0,)]
-    dim = call.dim(len(call.shape))
-    others = [
-        Labels(
-            tuple(1 if d == dim else size for d, size in enumerate(operand.shape)),
-            tuple(plane.narrow(dim, 0, 1) for plane in operand.planes if dim not in support(plane)),
-        )
-        for operand in operands
-    ]
-    carried = [plane.expand(call.shape) for plane in flow.meet(others, others[0].shape).planes]
-    if any(operand.along(dim) for operand in operands):
-        pieces = [_piece(flow, operand, dim) for operand in operands]
-        varying = {d for piece in pieces for d in support(piece)} | {dim}
-        joined = torch.cat([narrowed_to(piece, varying) for piece in pieces], dim)
-        carried.append(settle(joined.expand(call.shape)))
-    return Labels(call.shape, tuple(carried))
-
-
-def _piece(flow: Flow, operand: Labels, dim: int) -> Plane:
-    """The plane that ``operand`` brings along ``dim``; fixed atoms where it has none."""
-    planes = operand.along(dim)
-    if planes:
-        for extra in planes[1:]:
-            flow.pin(extra, "a second set of labels meets a concatenation")
-        return planes[0]
-    minted = flow.mint(operand.shape, [dim])
-    flow.pin(minted, "is concatenated with a tensor whose size is fixed")
-    return minted
-
-
-def narrowed_to(plane: Plane, dims: set[int]) -> Plane:
-    """``plane`` with size 1 along all but ``dims``."""
-    return plane[tuple(slice(None) if dim in dims else slice(0, 1) for dim in range(plane.dim()))]
-
-
-def stack(flow: Flow, call: Call) -> Labels:
-    """y[k] = x_k: a new dimension of fixed size."""
-    operands: Sequence[Labels] = call["tensors"]
-    dim = call.dim(len(call.shape))
-    united = flow.meet(operands, operands[0].shape)
-    return Labels(call.shape, tuple(plane.unsqueeze(dim).expand(call.shape) for plane in united.planes))
-
-
-def pad(flow: Flow, call: Call) -> Labels:
-    """y = x with constant borders: along a labelled dimension the border brings atoms of its own."""
-    x: Labels = call["self"]
-    amounts: list[int] = list(call["pad"])
-    rank = len(x.shape)
-    borders = {rank - 1 - i: (amounts[2 * i], amounts[2 * i + 1]) for i in range(len(amounts) // 2)}
-    borders = {dim: border for dim, border in borders.items() if border != (0, 0)}
-    if call.get("mode", "constant") != "constant":
-        x = flow.freeze(x, borders, "is padded by reflection or repetition")
-    planes = []
-    for plane in x.planes:
-        padded, shape = plane, list(plane.shape)
-        for dim, border in borders.items():
-            if dim in support(padded):
-                padded = _bordered(flow, padded, dim, border)
-            shape[dim] = call.shape[dim]
-            padded = padded.expand(shape) if padded.shape[dim] == shape[dim] else narrowed(padded).expand(shape)
-        planes.append(padded)
-    return Labels(call.shape, tuple(planes))
-
-
-def _bordered(flow: Flow, plane: Plane, dim: int, border: tuple[int, int]) -> Plane:
-    """``plane`` with new atoms before and after it along ``dim``; a negative amount cuts."""
-    before, after = border
-    inner = narrowed(plane).narrow(dim, max(-before, 0), plane.shape[dim] + min(before, 0) + min(after, 0))
-
-    def filler(amount: int) -> Plane:
-        return flow.mint([max(amount, 0) if d == dim else size for d, size in enumerate(inner.shape)], [dim])
-
-    joined = torch.cat([filler(before), inner, filler(after)], dim)
-    return joined.expand([joined.shape[dim] if d == dim else size for d, size in enumerate(plane.shape)])
-
-
 def expand(flow: Flow, call: Call) -> Labels:
     """y = x repeated along dimensions of size 1: what is repeated can shrink, so it brings atoms of its own."""
     x = call.tensors()[0]
@@ -200,7 +77,7 @@ def repeat_interleave(flow: Flow, call: Call) -> Labels:
     """y[i * n + j] = x[i] along ``dim``."""
     x = call["self"]
     if call.get("dim") is None:
-        x = flow.reshape(x, (x_numel(x),))
+        x = flow.reshape(x, (numel(x.shape),))
     dim = 0 if call.get("dim") is None else call.dim(len(x.shape))
     planes = [
         settle(narrowed(plane).repeat_interleave(call["repeats"], dim).expand(call.shape))
@@ -211,14 +88,6 @@ def repeat_interleave(flow: Flow, call: Call) -> Labels:
     return Labels(call.shape, tuple(planes))
 
 
-def x_numel(labels: Labels) -> int:
-    """The number of elements of a tensor."""
-    count = 1
-    for size in labels.shape:
-        count *= size
-    return count
-
-
 def constant(flow: Flow, call: Call) -> Labels:
     """y[i] = c: content that is the same everywhere can shrink anywhere, so each dimension brings its own atoms."""
     dims = [dim for dim, size in enumerate(call.shape) if size > 1 and dim not in call.batch_dims[0]]
@@ -226,49 +95,6 @@ def constant(flow: Flow, call: Call) -> Labels:
     for plane in planes:
         flow.keep_some(plane)
     return Labels(call.shape, planes)
-
-
-def embedding(flow: Flow, call: Call) -> Labels:
-    """y[i, :] = W[index[i], :]: the vocabulary stays, the width is carried."""
-    weight = flow.freeze(call["weight"], [0], "is looked up by index", structural=True)
-    return Labels(call.shape, tuple(plane[0].expand(call.shape) for plane in weight.planes))
-
-
-def index(flow: Flow, call: Call) -> Labels:
-    """y = x[..., index, ...]: indexed dimensions are frozen, the others are carried.
-
-    A single one-dimensional constant index moves the planes literally.
-    """
-    x: Labels = call["self"]
-    indices: list[Any] = list(call["indices"])
-    places = [dim for dim, value in enumerate(indices) if value is not None]
-    values = call.constants.get("indices", {})
-    if (
-        len(places) == 1
-        and places[0] in values
-        and values[places[0]].dim() == 1
-        and values[places[0]].dtype == torch.int64
-    ):
-        dim = places[0]
-        _note_parts(flow, x, dim, values[dim] % x.shape[dim])
-        planes = [
-            settle(narrowed(plane, [dim]).index_select(dim, values[dim] % x.shape[dim]).expand(call.shape))
-            if dim in support(plane)
-            else narrowed(plane).expand(call.shape)
-            for plane in x.planes
-        ]
-        return Labels(call.shape, tuple(planes))
-    frozen = flow.freeze(x, places, "is indexed by a table", structural=True)
-    if places != list(range(places[0], places[-1] + 1)):
-        flow.pin_all(frozen, "is indexed along dimensions that are not neighbours")
-        return Labels(call.shape)
-    after = len(x.shape) - 1 - places[-1]
-    planes = []
-    for plane in frozen.planes:
-        kept = plane[tuple(0 if dim in places else slice(None) for dim in range(plane.dim()))]
-        middle = (None,) * (len(call.shape) - places[0] - after)
-        planes.append(kept[(slice(None),) * places[0] + middle].expand(call.shape))
-    return Labels(call.shape, tuple(planes))
 
 
 def pixel_shuffle(flow: Flow, call: Call) -> Labels:
@@ -300,40 +126,6 @@ def pixel_unshuffle(flow: Flow, call: Call) -> Labels:
     return Labels(call.shape, tuple(plane.expand(call.shape) for plane in planes))
 
 
-def scalar_index(flow: Flow, call: Call) -> Labels:
-    """y = x[..., index, ...]: one index of a dimension is taken and the dimension is gone."""
-    x = call["self"]
-    dim = call.dim(len(x.shape))
-    place = int(call["index"]) % x.shape[dim]
-    single = tuple(1 if d == dim else size for d, size in enumerate(x.shape))
-    part = _cut(flow, x, dim, place, single)
-    return Labels(call.shape, tuple(plane.select(dim, 0) for plane in part.planes))
-
-
-def unbind(flow: Flow, call: Call) -> list[Labels]:
-    """y_k = x[..., k, ...] for every index of a dimension, which is gone."""
-    x = call["self"]
-    dim = call.dim(len(x.shape))
-    single = tuple(1 if d == dim else size for d, size in enumerate(x.shape))
-    parts = [_cut(flow, x, dim, place, single) for place in range(x.shape[dim])]
-    return [
-        Labels(shape, tuple(p.select(dim, 0) for p in part.planes))
-        for shape, part in zip(call.outputs, parts, strict=True)
-    ]
-
-
-def sliced(flow: Flow, call: Call) -> Labels:
-    """y = x[..., start:end:step, ...]."""
-    x = call["self"]
-    dim = call.dim(len(x.shape))
-    if call["step"] != 1:
-        x = flow.freeze(x, [dim], "is taken in steps")
-    start, _, step = slice(call.get("start", 0), call.get("end"), call["step"]).indices(x.shape[dim])
-    if step == 1:
-        return _cut(flow, x, dim, start, call.shape)
-    return Labels(call.shape, tuple(narrowed(plane).expand(call.shape) for plane in x.planes))
-
-
 def squeeze(flow: Flow, call: Call) -> Labels:
     """y = x without dimensions of size 1."""
     x = call["self"]
@@ -361,11 +153,6 @@ _LITERAL = (
     aten.adjoint.default,
 )  # fmt: skip
 _ALONG = (aten.roll.default, aten.flip.default)
-_SPLITS = (
-    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes,
-    aten.tensor_split.sections, aten.tensor_split.indices,
-)  # fmt: skip
-_EQUAL_SPLITS = (aten.split.Tensor, aten.chunk.default, aten.tensor_split.sections)
 _EXPANDS = (aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
 _CONSTANTS = (
     aten.zeros.default, aten.ones.default, aten.full.default, aten.empty.memory_format, aten.new_zeros.default,
@@ -376,22 +163,11 @@ RULES = {
     **dict.fromkeys(_RESHAPES, Rule("reshape", reshape, moves=True)),
     **dict.fromkeys(_LITERAL, Rule("permute", literal, moves=True)),
     **dict.fromkeys(_ALONG, Rule("permute", along, moves=True)),
-    **dict.fromkeys(_SPLITS, Rule("split", split, moves=True)),
     **dict.fromkeys(_EXPANDS, Rule("expand", expand)),
     **dict.fromkeys(_CONSTANTS, Rule("constant", constant)),
     **dict.fromkeys((aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims), Rule("reshape", squeeze, moves=True)),
-    **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), Rule("pad", pad)),
-    aten.index_select.default: Rule("index", index_select, moves=True),
-    aten.cat.default: Rule("concat", cat, moves=True),
-    aten.concat.default: Rule("concat", cat, moves=True),
-    aten.stack.default: Rule("concat", stack, moves=True),
     aten.repeat.default: Rule("expand", repeat),
     aten.repeat_interleave.self_int: Rule("expand", repeat_interleave, moves=True),
-    aten.embedding.default: Rule("index", embedding),
-    aten.index.Tensor: Rule("index", index, moves=True),
     aten.pixel_shuffle.default: Rule("reshape", pixel_shuffle, moves=True),
     aten.pixel_unshuffle.default: Rule("reshape", pixel_unshuffle, moves=True),
-    aten.unbind.int: Rule("split", unbind, moves=True),
-    aten.select.int: Rule("slice", scalar_index, moves=True),
-    aten.slice.Tensor: Rule("slice", sliced, moves=True),
 }

@@ -2,7 +2,8 @@
 
 import torch
 
-from speedup.atoms import Flow, Labels
+from speedup.flow import Flow
+from speedup.labels import Labels
 from speedup.rules.call import Call, Rule
 from speedup.rules.pointwise import along_channels
 

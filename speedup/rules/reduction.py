@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from speedup.atoms import Flow, Labels, narrowed, support
+from speedup.flow import Flow
+from speedup.labels import Labels, narrowed, support
 from speedup.rules.call import Call, Outcome, Rule, RuleFunction
 
 aten = torch.ops.aten

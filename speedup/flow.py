@@ -1,11 +1,7 @@
-"""Labels instead of numbers: atoms, planes, and the few things that can happen to them.
+"""What can happen to labels while they run through a graph, and the record of it.
 
-Every index of every parameter dimension is an *atom*, a number. A tensor of the graph carries *planes*: integer
-tensors expanded to its shape that say to which atom an element belongs. A plane varies along its *support* only
-and has stride 0 elsewhere, so it costs next to nothing. An element goes when any of its atoms goes.
-
-:class:`Flow` records what the rules find out about a graph: which atoms are one, which are fixed, which blocks must
-stay rectangular. ``classes.py`` makes sense of the record. Nothing here knows ATen.
+:class:`Flow` records what the rules find out: which atoms are one, which are fixed, which blocks must stay
+rectangular. ``classes.py`` makes sense of the record. Nothing here knows ATen.
 """
 
 import itertools
@@ -14,62 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-Plane = Tensor
-Index = NDArray[np.int64]
-Mask = NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Labels:
-    """What is known of one tensor: its shape, and its planes, each expanded to that shape."""
-
-    shape: tuple[int, ...]
-    planes: tuple[Plane, ...] = ()
-
-    @property
-    def covered(self) -> set[int]:
-        """The dimensions along which some plane varies."""
-        return {dim for plane in self.planes for dim in support(plane)}
-
-    @property
-    def fixed(self) -> set[int]:
-        """The dimensions that have size but no plane: their content cannot shrink."""
-        return {dim for dim, size in enumerate(self.shape) if size > 1} - self.covered
-
-    def along(self, dim: int) -> tuple[Plane, ...]:
-        """The planes that vary along ``dim``."""
-        return tuple(plane for plane in self.planes if dim in support(plane))
-
-
-def support(plane: Plane) -> tuple[int, ...]:
-    """The dimensions along which ``plane`` varies."""
-    return tuple(
-        d for d, (size, stride) in enumerate(zip(plane.shape, plane.stride(), strict=True)) if size > 1 and stride
-    )
-
-
-def core(plane: Plane, dims: Sequence[int] | None = None) -> Tensor:
-    """``plane`` restricted to ``dims`` (its support by default): shape = the sizes of those dimensions."""
-    dims = support(plane) if dims is None else dims
-    return plane[tuple(slice(None) if dim in dims else 0 for dim in range(plane.dim()))]
-
-
-def settle(plane: Plane) -> Plane:
-    """``plane`` with stride 0 along every dimension along which its labels are constant."""
-    for dim in support(plane):
-        first = plane.narrow(dim, 0, 1)
-        if torch.equal(plane, first.expand_as(plane)):
-            plane = first.expand_as(plane)
-    return narrowed(plane).expand(plane.shape)
-
-
-def narrowed(plane: Plane, keep: Iterable[int] = ()) -> Plane:
-    """``plane`` with size 1 along the dimensions that are neither in its support nor in ``keep``."""
-    wanted = {*support(plane), *keep}
-    return plane[tuple(slice(None) if dim in wanted else slice(0, 1) for dim in range(plane.dim()))]
+from speedup.labels import Index, Labels, Plane, broadcast, core, factor, flat, rows_first, settle, support
 
 
 @dataclass(frozen=True)
@@ -130,7 +72,19 @@ class _Met:
 
 @dataclass
 class Flow:
-    """The record that the rules write while labels run through a graph."""
+    """The record that the rules write while labels run through a graph.
+
+    Attributes:
+        size: Atoms so far.
+        node: Name of the graph node whose rule runs.
+        kind: Its kind of tie.
+        pairs: Atoms that are one, in pairs of arrays of equal shape.
+        pins: Why which atoms are fixed.
+        blocks: What must stay rectangular.
+        merges: Atoms along dimensions that a reshape made one, in merged order.
+        parts: What must not go all.
+        copies: First atom of every plane that only says which copy an element belongs to.
+    """
 
     size: int = 0
     node: str = ""
@@ -195,7 +149,7 @@ class Flow:
     def block(self, plane: Plane, rows: Sequence[int], slabs: Plane | None = None) -> None:
         """Asks that ``plane`` stay rectangular: its support without ``rows`` is shared out evenly between ``rows``."""
         slab_labels = None if slabs is None else flat(core(slabs, rows))
-        self.blocks.append(Block(self.node, self.kind, _rows_first(plane, rows), slab_labels))
+        self.blocks.append(Block(self.node, self.kind, rows_first(plane, rows), slab_labels))
 
     def part(self, plane: Plane, dim: int) -> None:
         """Notes that ``plane`` is a part cut along ``dim``: something of it must stay, as a rectangle."""
@@ -203,7 +157,7 @@ class Flow:
         if not dims:
             self.pin(plane, "is taken alone")
             return
-        self.parts.append(Part(flat(core(plane))))
+        self.keep_some(plane)
         if len(dims) > 1:
             self.block(plane, dims[:-1])
 
@@ -261,7 +215,7 @@ class Flow:
 
     def slabs(self, plane: Plane, rows: Sequence[int]) -> Plane:
         """Returns a plane of new atoms along ``rows`` of ``plane``, the same atom for rows with the same members."""
-        table = _rows_first(plane, rows)
+        table = rows_first(plane, rows)
         _, first, inverse = np.unique(table, axis=0, return_index=True, return_inverse=True)
         atoms = torch.from_numpy(self.size + inverse.reshape(-1).astype(np.int64))
         self.size += len(first)
@@ -327,44 +281,3 @@ def _tied(entry: _Met, operand: int, met: Sequence[_Met]) -> bool:
     """Whether an operand that lacks the labels of ``entry`` has others there that can be tied to them."""
     overlapping = [other for other in met if operand in other.operands and {*other.dims} & {*entry.dims}]
     return any(not other.operands & entry.operands and other.dims != entry.dims for other in overlapping)
-
-
-def broadcast(labels: Labels, shape: tuple[int, ...]) -> Labels:
-    """``labels`` with leading dimensions of size 1 added until its rank is that of ``shape``."""
-    missing = len(shape) - len(labels.shape)
-    index = (None,) * missing + (...,)
-    return Labels((1,) * missing + labels.shape, tuple(plane[index] for plane in labels.planes))
-
-
-def factor(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Returns the shortest runs of old and new dimensions that hold the same number of elements, in order."""
-    runs = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        left, right = [i] if i < len(old) else [], [j] if j < len(new) else []
-        have = old[i] if left else 1
-        want = new[j] if right else 1
-        i, j = i + len(left), j + len(right)
-        while have != want:
-            if (have < want and i < len(old)) or j >= len(new):
-                have *= old[i]
-                left.append(i)
-                i += 1
-            else:
-                want *= new[j]
-                right.append(j)
-                j += 1
-        runs.append((left, right))
-    return runs
-
-
-def _rows_first(plane: Plane, rows: Sequence[int]) -> Index:
-    """The labels of ``plane`` over its support as a table: its dimensions ``rows`` down, the others across."""
-    dims = support(plane)
-    order = [dims.index(row) for row in rows] + [i for i, dim in enumerate(dims) if dim not in rows]
-    return flat(core(plane).permute(order)).reshape(int(np.prod([plane.shape[row] for row in rows])), -1)
-
-
-def flat(labels: Tensor) -> Index:
-    """The labels of a tensor in row-major order."""
-    return labels.reshape(-1).numpy()

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from speedup.atoms import Flow, Labels, broadcast, core, factor, narrowed, settle, support
 from speedup.classes import Classes, solve
 from speedup.errors import PlanError
+from speedup.flow import Flow
+from speedup.labels import Labels, broadcast, core, factor, narrowed, settle, support
 
 
 def plane(flow: Flow, shape: tuple[int, ...], *dims: int) -> Tensor:
