@@ -2,14 +2,16 @@
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
 from speedup.analysis import tensor_names
-from speedup.capture import Captured, attribute, evaluating
+from speedup.capture import Captured, attribute, evaluating, quiet
 from speedup.cut import ShrunkGraph, shrink_graph
 from speedup.errors import first_line
 from speedup.inputs import batch_size, with_batch
@@ -49,7 +51,8 @@ def shrink(captured: Captured, plan: ShrinkPlan) -> Shrunk:
         module = repaired(captured.model, swaps, repairs)
         found = difference(module, graph, captured) or _training_error(module, captured)
         if found is None:
-            return Shrunk(module, graph, repairs, None)
+            measured = repairs + _bare_norms(module, captured)
+            return Shrunk(repaired(captured.model, swaps, measured), graph, measured, None)
         obstacle = obstacle or found
     graph.train(captured.model.training)
     return Shrunk(graph, graph, (), obstacle)
@@ -79,6 +82,25 @@ def _training_error(module: nn.Module, captured: Captured) -> str | None:
     return None
 
 
+def _bare_norms(module: nn.Module, captured: Captured) -> tuple[Repair, ...]:
+    """Repairs for instance norms without vectors: only a run tells how many channels they get."""
+    norms = {name: norm for name, norm in module.named_modules() if isinstance(norm, _InstanceNorm) and not norm.affine}
+    found: dict[str, Repair] = {}
+
+    def note(name: str, norm: _InstanceNorm, inputs: tuple[Tensor, ...]) -> None:
+        size = inputs[0].shape[0 if inputs[0].dim() == norm._get_no_batch_dim() else 1]  # type: ignore[no-untyped-call]  # of torch
+        if size != norm.num_features:
+            found[name] = Repair(name, "num_features", norm.num_features, size)
+
+    hooks = [norm.register_forward_pre_hook(partial(note, name)) for name, norm in norms.items()]
+    if hooks:
+        with evaluating(module), torch.no_grad(), quiet():
+            module(*copy.deepcopy(captured.args), **copy.deepcopy(captured.kwargs))
+    for hook in hooks:
+        hook.remove()
+    return tuple(found.values())
+
+
 def difference(module: nn.Module, graph: ShrunkGraph, captured: Captured) -> str | None:
     """Returns how ``module`` differs from ``graph`` at two batch sizes; None if it does not.
 
@@ -87,7 +109,7 @@ def difference(module: nn.Module, graph: ShrunkGraph, captured: Captured) -> str
     """
     module, graph = copy.deepcopy((module, graph))  # together: they share their tensors
     generator = torch.Generator().manual_seed(0)
-    with evaluating(module, graph), torch.no_grad():
+    with evaluating(module, graph), torch.no_grad(), quiet():
         shared = {id(tensor) for tensor in (*graph.parameters(), *graph.buffers())}
         for tensor in (*module.parameters(), *module.buffers()):
             if id(tensor) in shared:

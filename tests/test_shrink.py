@@ -32,10 +32,6 @@ def compressed(model: nn.Module, x: Any, **options: Any) -> Result:
     return graphprune.compress(model, x, 0.5, round_to=1, **options)
 
 
-def bug(name: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=name.replace("_", " "))
-
-
 class Heads(nn.Module):
     """Attention with its sizes in attributes."""
 
@@ -367,7 +363,6 @@ def test_a_module_in_the_result_can_be_pickled_and_copied() -> None:
         assert torch.equal(again(image()), small(image()))
 
 
-@bug("instance_norm_num_features")
 def test_a_norm_without_vectors_does_not_warn() -> None:
     small = compressed(nn.Sequential(conv(3, 8), nn.InstanceNorm2d(8), conv(8, 2)), image()).model
     with warnings.catch_warnings():
