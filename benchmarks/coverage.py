@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def row(name: str, proof_limit: int) -> dict[str, Any]:
     from graphprune.compress import compress
     from graphprune.criteria import CRITERIA
     from graphprune.dependency import trace
+    from graphprune.report import describe_groups
     from graphprune.select import select
     from speedup.planning import make_plan
 
@@ -51,21 +53,17 @@ def row(name: str, proof_limit: int) -> dict[str, Any]:
         kept = sum(plan.cut(n, torch.empty(shape, device="meta")).numel() for n, shape in dense.items())
         groups, share = dependencies.groups, kept / sum(shape.numel() for shape in dense.values())
         proof, form = "by shape", "plan"
-        pins = {g.name: g.pin for g in groups if g.pin}
+        reasons = [group["pin"] for group in describe_groups(dependencies)]
     else:
         result = compress(model, example, 0.5, round_to=1)
         groups, share = result.dependencies.groups, 1 / result.report["params"]["ratio"]
         proof, form = f"{result.report['proof']['difference']:.1e}", result.report["result"]["form"]
-        pins = {pin["name"]: pin["reason"] for pin in result.report["pinned"]}
-    prunable = sum(group.pin is None for group in groups)
-    ends = sum("output" in str(reason) or "size is fixed" in str(reason) for reason in pins.values())
-    others = sorted(
-        {str(reason) for reason in pins.values() if "output" not in str(reason) and "size is fixed" not in str(reason)}
-    )
+        reasons = [pin["reason"] for pin in result.report["pinned"]]
+    counts = Counter(reason.partition(" (")[0] for reason in reasons if reason)
     return {
         "captured": "whole",
-        "groups": f"{prunable}",
-        "pinned": "; ".join([f"{ends} at inputs and outputs", *others[:2]]),
+        "groups": f"{sum(group.pin is None for group in groups)}",
+        "pinned": "; ".join(f"{count} {reason}" for reason, count in counts.most_common()),
         "kept": f"{share:.1%}",
         "proof": proof,
         "result": {"module": "own class", "graph": "graph", "plan": "plan"}[form],
@@ -79,9 +77,9 @@ def _network(name: str, proof_limit: int) -> tuple[Any, Any, bool]:
         module = __import__(name.removeprefix("models/"))
         return module.build_model().eval(), module.example_inputs(), False
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    from torchvision_zoo import build
+    from torchvision_zoo import build, build_by_shape
 
-    model, example = build(name, "meta")
+    model, example = build_by_shape(name)
     if sum(p.numel() for p in model.parameters()) > proof_limit:
         return model, example, True
     return *build(name), False

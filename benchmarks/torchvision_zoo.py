@@ -37,12 +37,20 @@ def classification_networks() -> list[str]:
     return list(torchvision.models.list_models(module=torchvision.models))
 
 
-def build(name: str, device: str = "cpu") -> tuple[nn.Module, torch.Tensor]:
+def build(name: str) -> tuple[nn.Module, torch.Tensor]:
     """Returns a network with random weights and an example of two images."""
     torchvision = import_torchvision()
     torch.manual_seed(0)
     extra = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
-    with torch.device(device):
-        model = torchvision.models.get_model(name, **extra)
-        size = SIZES.get(name, 224)
-        return model.eval(), torch.randn(2, 3, size, size)
+    size = SIZES.get(name, 224)
+    return torchvision.models.get_model(name, **extra).eval(), torch.randn(2, 3, size, size)
+
+
+def build_by_shape(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """Returns the same without memory for its tensors; some constructors compute with numbers and need it all the same."""
+    try:
+        with torch.device("meta"):
+            return build(name)
+    except NotImplementedError:
+        model, example = build(name)
+        return model.to("meta"), example.to("meta")
