@@ -1,8 +1,10 @@
 """(graph, plan) -> a smaller module: the user's own class where its Python still fits, else the rewritten graph."""
 
 import copy
+import os
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -145,12 +147,15 @@ def _same(expected: Any, found: Any) -> bool:
     return relative_difference(expected.double(), found.double()) <= 100 * torch.finfo(expected.dtype).eps
 
 
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
+
+
 def _last_line_of(error: Exception) -> str:
     """The last line of the user's code in a traceback, as file:line."""
     frame, place = error.__traceback__, "the model's code"
     while frame is not None:
         code = frame.tb_frame.f_code
-        if "site-packages" not in code.co_filename and code.co_filename != __file__:
+        if not code.co_filename.startswith((_TORCH, "<")) and code.co_filename != __file__:
             place = f"{code.co_filename}:{frame.tb_lineno}"
         frame = frame.tb_next
     return place
