@@ -107,13 +107,11 @@ class Classes:
         dims = support(plane)
         labels = self.plane(plane)
         for block in self.blocks:
-            if block.members.size != labels.size:
-                continue
             for count in range(1, len(dims)):
                 for rows in itertools.combinations(range(len(dims)), count):
                     inner = [i for i in range(len(dims)) if i not in rows]
                     table = labels.transpose(*rows, *inner).reshape(-1, int(np.prod([labels.shape[i] for i in inner])))
-                    if table.shape == block.members.shape and (table == block.members).all():
+                    if table.shape[1] == block.members.shape[1] and np.array_equal(_rows_once(table), block.members):
                         return [dims[i] for i in rows]
         return None
 
@@ -229,7 +227,7 @@ def _pin_slabs(flow: Flow, of: Index, pin_of: Index) -> None:
 def _weaves(block: Block, merges: Sequence[Index], of: Index) -> list[Weave] | None:
     """The weaves that later merges make of the rows of ``block``; None if their pattern is not that simple."""
     table = of[block.members]
-    rows = table[np.sort(np.unique(table, axis=0, return_index=True)[1])]
+    rows = _rows_once(table)
     if len(rows) == 1:
         return []
     if len(np.unique(rows)) < rows.size:  # channels that stand in several places: only their old order is sure to do
@@ -253,8 +251,13 @@ def _keeps_order(members: Index, merge: Index, of: Index) -> bool:
     return bool((np.diff(_places(taken, channels)) > 0).all())
 
 
+def _rows_once(table: Index) -> Index:
+    """``table`` without repetitions of rows, in their order."""
+    return table[np.sort(np.unique(table, axis=0, return_index=True)[1])]
+
+
 def _each_once(sequence: Index) -> Index:
-    """``sequence`` without repetitions: copies (a batch, repeated keys) follow the first."""
+    """``sequence`` without repetitions, in its order."""
     return sequence[np.sort(np.unique(sequence, return_index=True)[1])]
 
 
@@ -269,8 +272,10 @@ def _woven(rows: Index, merges: Sequence[Index], of: Index) -> Iterator[tuple[In
             continue
         sequence = sequence[(sequence >= low) & (sequence <= high)]
         order = row_of[sequence - low]
-        sequence, order = sequence[order >= 0], order[order >= 0]
-        sequence = _each_once(sequence)
+        sequence = sequence[order >= 0]
+        once = _each_once(sequence)
+        if np.array_equal(np.resize(once, len(sequence)), sequence):  # copies of all of it (a batch) follow the first
+            sequence = once
         order = row_of[sequence - low]
         if np.count_nonzero(np.diff(order)) >= len(np.unique(order)) and len(order):
             yield sequence, order
@@ -293,6 +298,8 @@ def _follows(sequence: Index, weave: Weave) -> bool:
 def _weave(block: Block, sequence: Index, order: Index) -> Weave | None:
     """The weave of a merge that takes one member of every row in turn, each once; None for any other pattern."""
     rows = int(order.max()) + 1
-    if len(order) % rows or (order.reshape(-1, rows) != order[:rows]).any() or len(set(order[:rows].tolist())) < rows:
+    if len(np.unique(sequence)) < len(sequence) or len(order) % rows:
+        return None
+    if (order.reshape(-1, rows) != order[:rows]).any() or len(set(order[:rows].tolist())) < rows:
         return None
     return Weave(block.node, sequence.reshape(-1, rows))

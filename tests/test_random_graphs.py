@@ -112,8 +112,8 @@ def check_report(model: nn.Module, result: graphprune.Result) -> None:
     for choice in result.selection.choices:
         if choice.kept < 1:
             raise Mismatch(f"{choice.group.name} keeps nothing")
-    dense = sum(tensor.numel() for tensor in model.state_dict().values())
-    small = sum(tensor.numel() for tensor in result.model.state_dict().values())
+    dense = sum(tensor.numel() for tensor in model.parameters())
+    small = sum(tensor.numel() for tensor in result.model.parameters())
     if small >= dense:
         raise Mismatch(f"{small} numbers are left of {dense}")
     if (result.plan.keep or result.plan.rows) and result.report["params"]["shrunk"] > result.report["params"]["dense"]:
