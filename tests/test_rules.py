@@ -57,7 +57,6 @@ class Case:
             indices belong to the group.
         pinned: Axes that must stay, with words of the reason.
         mixes: Whether an operator mixes over prunable channels (norms, means), so that zeros are no mask.
-        bug: The reproducer of a defect of the engine that the case shows.
     """
 
     name: str
@@ -66,7 +65,6 @@ class Case:
     free: tuple[str, ...]
     pinned: Mapping[str, str] = field(default_factory=dict)
     mixes: bool = False
-    bug: str | None = None
 
 
 def image(channels: int = 3) -> Tensor:
@@ -87,9 +85,7 @@ def conv(inputs: int, outputs: int, kernel: int = 3, **options: Any) -> nn.Conv2
 
 def parameters(cases: tuple[Case, ...]) -> pytest.MarkDecorator:
     """The decorator that runs a test for each of the cases."""
-    marks = {case.name: pytest.mark.xfail(strict=True, reason=case.bug.replace("_", " ")) for case in cases if case.bug}
-    values = [pytest.param(case, id=case.name, marks=marks.get(case.name, ())) for case in cases]
-    return pytest.mark.parametrize("case", values)
+    return pytest.mark.parametrize("case", cases, ids=[case.name for case in cases])
 
 
 @contextmanager

@@ -71,8 +71,8 @@ RESHAPES = (
             a=nn.Linear(12, 8), b=nn.Linear(12, 6), o=nn.Linear(48, 4), p=nn.Linear(4, 2),
         ),
         tokens(),
-        ("1: a.weight/0 a.bias/0 b.weight/0 b.bias/0 o.weight/1", "4: o.weight/0 o.bias/0 p.weight/1"),  # o has one label an input
-        bug="needlessly pinned: an outer product that is flattened",
+        ("8: a.weight/0 a.bias/0 o.weight/1", "4: o.weight/0 o.bias/0 p.weight/1"),  # o has one label an input
+        {"b.weight/0": "is one of several labels"},
     ),
     Case(
         "channel_shuffle_then_grouped_conv",
@@ -130,11 +130,11 @@ PERMUTES = (
         ("8: a.weight/0 a.bias/0 w/1 v/1", "6: w/0 v/0 o.weight/1"),
     ),
     Case(
-        "transposed_in_place",
-        lambda: Net(lambda n, x: n.o(n.a(x).clone().transpose_(1, 2).unsqueeze_(1).squeeze(1).transpose(1, 2)), a=conv(3, 8), o=conv(8, 2)),
+        "transposed_in_place_pins",
+        lambda: Net(lambda n, x: n.p(n.o(n.a(x).clone().transpose_(1, 2).transpose(1, 2))), a=conv(3, 8), o=conv(8, 6), p=conv(6, 2)),
         image(),
-        (A8,),
-        bug="pinned: an in-place transpose has no rule",
+        ("6: o.weight/0 o.bias/0 p.weight/1",),
+        {"a.weight/0": "goes into aten.transpose_.default, an operator without a rule"},
     ),
     Case(
         "unbind_over_rows",
