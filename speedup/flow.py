@@ -105,8 +105,9 @@ class Flow:
         return plane
 
     def copy(self, shape: Sequence[int], dim: int) -> Plane:
-        """Returns a plane of new atoms along ``dim``, along which the same content stands several times."""
+        """Returns a plane of new atoms along ``dim``, along which the same content stands several times; one stays."""
         plane = self.mint(shape, [dim])
+        self.keep_some(plane)
         self.copies.add(int(plane.reshape(-1)[0]))
         return plane
 

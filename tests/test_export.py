@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from speedup.agreement import relative_difference, varied
 from speedup.capture import capture
 from speedup.cut import shrink_graph
 from speedup.errors import ExportError
-from speedup.export import OPSETS, check_onnx, export_onnx, export_pt2
+from speedup.export import check_onnx, export_onnx, export_pt2
 from speedup.inputs import split_inputs, with_batch
 from speedup.plan import Axis, ShrinkPlan
 
@@ -232,8 +233,9 @@ def test_arrays_that_numpy_does_not_have_are_not_compared(tmp_path: Path) -> Non
 
 
 def test_the_opset_is_what_was_asked_for(tmp_path: Path) -> None:
-    file = export_onnx(small_net(), images(), tmp_path / "model.onnx", opset=OPSETS[-1])
-    assert file.opset == OPSETS[-1] == onnx.load(file.path).opset_import[0].version
+    latest = 25 if sys.version_info >= (3, 11) else 23  # of the last onnxruntime for that Python
+    file = export_onnx(small_net(), images(), tmp_path / "model.onnx", opset=latest)
+    assert file.opset == latest == onnx.load(file.path).opset_import[0].version
     assert file.checked
 
 

@@ -65,7 +65,7 @@ def test_a_file_imports_what_it_may(path: Path) -> None:
 
 def test_imports_go_one_way() -> None:
     modules = {name_of(path).removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in SOURCES}
-    order = graphlib.TopologicalSorter[str]()
+    order: graphlib.TopologicalSorter[str] = graphlib.TopologicalSorter()
     for module, path in modules.items():
         if module in ("graphprune", "speedup"):
             continue  # they gather public names
