@@ -71,16 +71,22 @@ def _swaps(captured: Captured, plan: ShrinkPlan, graph: ShrunkGraph) -> dict[int
 
 
 def _training_error(module: nn.Module, captured: Captured) -> str | None:
-    """How ``module`` fails in training mode where that computes more; None if it does not."""
-    if captured.training is None:
+    """How ``module`` fails in training mode where that computes more and the original does not; None if it does not."""
+    if not captured.unused:
         return None
-    module = copy.deepcopy(module).train()
-    args, kwargs = copy.deepcopy((captured.args, captured.kwargs))
+    error = _raised_in_training(module, captured)
+    if error is None or _raised_in_training(captured.model, captured) is not None:
+        return None
+    return f"{_last_line_of(error)}: {first_line(error)}"
+
+
+def _raised_in_training(module: nn.Module, captured: Captured) -> Exception | None:
+    module, args, kwargs = copy.deepcopy((module, captured.args, captured.kwargs))
     try:
-        with torch.no_grad():
-            module(*args, **kwargs)
+        with torch.no_grad(), quiet():
+            module.train()(*args, **kwargs)
     except Exception as error:  # noqa: BLE001  # whatever the user's code raises
-        return f"{_last_line_of(error)}: {first_line(error)}"
+        return error
     return None
 
 
