@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from speedup import numeric
 from speedup.capture import evaluating
 from speedup.errors import ExportError, first_line
 from speedup.inputs import ExampleInputs, describe, split_inputs, with_batch
@@ -92,21 +93,9 @@ def compare(
 
 
 def varied(inputs: Any, batch: int) -> Any:
-    """Returns `inputs` with a batch of `batch` whose floats are random: between 3/4 and all of what they were.
-
-    So rows differ, while signs, zeros and infinities stay, which masks and logarithms depend on. A tensor that is the
-    same everywhere stands for any numbers and gets normal ones. Integers stay: others might be no valid index.
-    """
+    """Returns `inputs` with a batch of `batch` and other floats, so that its rows differ."""
     generator = torch.Generator().manual_seed(batch)
-
-    def vary(leaf: Tensor) -> Tensor:
-        if not leaf.is_floating_point() or not leaf.numel():
-            return leaf
-        if (leaf == leaf.flatten()[0]).all():
-            return torch.randn(leaf.shape, generator=generator).to(leaf)
-        return leaf * (1 - torch.rand(leaf.shape, generator=generator) / 4).to(leaf)
-
-    return pytree.tree_map_only(Tensor, vary, with_batch(inputs, batch))
+    return pytree.tree_map(lambda leaf: numeric.varied(leaf, generator), with_batch(inputs, batch))
 
 
 def relative_difference(right: Tensor, other: Tensor) -> float:

@@ -139,6 +139,16 @@ def attribute(module: nn.Module, name: str) -> Any:
     return operator.attrgetter(name)(module)
 
 
+def source_line(node: fx.Node) -> str:
+    """Where in the user's code a node comes from, as file:line; empty if unknown."""
+    lines = [line.strip() for line in str(node.meta.get("stack_trace", "")).splitlines()]
+    frames = [line for line in lines if line.startswith("File")]
+    if not frames:
+        return ""
+    file, _, rest = frames[-1].removeprefix('File "').partition('", line ')
+    return f"{file}:{rest.split(',')[0]}"
+
+
 def to_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, dynamic: bool) -> ExportedProgram:
     """Returns ``model`` as a program of ``torch.export``; if ``dynamic``, no input's batch is a constant in it.
 
@@ -176,10 +186,10 @@ def to_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Puts ``models`` into eval mode; afterwards each submodule has its own mode and each buffer its content back."""
+    """Puts ``models`` into eval mode; afterwards they are what they were: modes, attributes, contents of buffers."""
     modules = [module for model in models for module in model.modules()]
-    modes = [(module, module.training) for module in modules]
-    was_training = {model: model.training for model in models}
+    attributes = [(module, dict(vars(module))) for module in modules]
+    was_training = [(model, model.training) for model in models]
     buffers = [(module, name, buffer) for module in modules for name, buffer in module.named_buffers(recurse=False)]
     contents = [(buffer._version, buffer.detach().clone()) for _, _, buffer in buffers]
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -190,10 +200,11 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-        for model in models:
-            model.train(was_training[model])
-        for module, mode in modes:
-            module.training = mode
+        for model, mode in was_training:
+            model.train(mode)  # which may do more than set the attribute
+        for module, before in attributes:
+            vars(module).clear()
+            vars(module).update(before)
         for (module, name, buffer), (edition, content) in zip(buffers, contents, strict=True):
             module._buffers[name] = buffer
             if buffer._version != edition:

@@ -7,16 +7,31 @@ from torch import Tensor
 
 
 def perturbed(value: Any, generator: torch.Generator) -> Any:
-    """A tensor in double precision, every number moved by about a tenth; vectors upwards only (they may be variances).
+    """A weight in double precision, every number moved by up to a tenth of itself, zeros a little upwards.
 
     What holds for numbers in general position holds for all: no zero, no tie and no fresh norm can hide a mistake.
+    Signs stay, so that what may be a variance or the argument of a logarithm still is one.
     """
     if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
         return value
     exact = value.detach().double().cpu()
     size = exact[exact.isfinite()].abs().mean().nan_to_num().clamp(min=0.1)
     noise = torch.rand(exact.shape, generator=generator, dtype=torch.float64)
-    return exact + (0.1 * size * noise if exact.dim() < 2 else 0.2 * size * (noise - 0.5))
+    return torch.where(exact == 0, 0.1 * size * noise, exact * (0.9 + 0.2 * noise))
+
+
+def varied(value: Any, generator: torch.Generator) -> Any:
+    """An input with other floats: between 3/4 and all of what they were, so that signs, zeros and infinities stay.
+
+    A tensor that is the same everywhere stands for any numbers and gets some between 0 and 1, which every domain has.
+    Integers stay: others might be no valid index.
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
+        return value
+    noise = torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value.device)
+    if bool((value == value.flatten()[0]).all()):
+        return noise.to(value.dtype)
+    return (value * (1 - noise / 4)).to(value.dtype)
 
 
 def relative_difference(expected: Tensor, found: Tensor, floor: float = 0.0) -> float:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from speedup.analysis import Analysis, analyse, tensor_names
-from speedup.capture import attribute, capture, evaluating
+from speedup.capture import attribute, capture, evaluating, source_line
 from speedup.cut import ShrunkGraph, shrink_graph
 from speedup.errors import ProofError, first_line
 from speedup.inputs import ExampleInputs, batch_size
 from speedup.labels import Labels, Mask
 from speedup.masked import MASKED, execute
-from speedup.numeric import perturbed, relative_difference
+from speedup.numeric import perturbed, relative_difference, varied
 from speedup.plan import ShrinkPlan
 from speedup.planning import live_from_keep
 from speedup.rules import rule_for
@@ -96,7 +96,7 @@ class _Lockstep:
         graph_module = analysis.captured.graph_module
         self.perturbed = {name: perturbed(attribute(graph_module, name), generator) for name in analysis.parameters}
         self.sizes: dict[str, float] = {}  # largest magnitude of each node's value
-        self.inputs = [perturbed(leaf, generator) for leaf in analysis.captured.flat_inputs()]
+        self.inputs = [_exact(varied(_on_cpu(leaf), generator)) for leaf in analysis.captured.flat_inputs()]
 
     def proof(self) -> Proof:
         dense_nodes = {node.name: node for node in self.analysis.captured.nodes}
@@ -151,7 +151,7 @@ class _Lockstep:
         dense = attribute(self.analysis.captured.graph_module, name)
         if not torch.equal(_exact(self.plan.cut(name, dense)), _exact(value)):
             raise ProofError(f"{node.name}: {name} does not hold what the plan keeps of it. Compress the model again.")
-        return self.plan.cut(name, self.perturbed[name])
+        return _fresh(self.plan.cut(name, self.perturbed[name]))
 
     def _call(self, node: fx.Node, values: Mapping[str, Any]) -> Any:
         try:
@@ -200,6 +200,11 @@ class _Lockstep:
         if not isinstance(dense, Tensor) or not isinstance(small, Tensor) or not isinstance(labels, Labels):
             return 0.0
         expected = self._compacted(node, dense, labels)
+        if expected.is_floating_point() and expected.numel() and expected.isnan().all():
+            raise ProofError(
+                f"{node.name}: is nan everywhere{_source(node)}, so nothing can be compared there. "
+                "Use example inputs on which the model gives numbers."
+            )
         if expected.shape != small.shape:
             raise ProofError(
                 f"{node.name}: the shrunk graph has shape {tuple(small.shape)} where the masked original has "
@@ -233,6 +238,10 @@ class _Lockstep:
         return picked.permute([order.index(dim) for dim in range(value.dim())])
 
 
+def _on_cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value
+
+
 def _exact(value: Any) -> Any:
     return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
@@ -260,10 +269,5 @@ def _last_uses(graph: fx.Graph) -> dict[str, list[str]]:
 
 def _source(node: fx.Node) -> str:
     """Where in the user's code a node comes from, as " at file:line"."""
-    trace = [
-        line.strip() for line in str(node.meta.get("stack_trace", "")).splitlines() if line.strip().startswith("File")
-    ]
-    if not trace:
-        return ""
-    file, _, rest = trace[-1].removeprefix('File "').partition('", line ')
-    return f" at {file}:{rest.split(',')[0]}"
+    line = source_line(node)
+    return f" at {line}" if line else ""

@@ -1,13 +1,14 @@
 """The user's own class with smaller tensors: its attributes that repeat sizes get the new ones."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from speedup.capture import Captured
+from speedup.capture import Captured, evaluating
 from speedup.inputs import batch_size
 from speedup.plan import Scaled, ShrinkPlan
 from speedup.rules.call import raw_argument
@@ -28,11 +29,14 @@ def repaired(model: nn.Module, swaps: Mapping[int, Tensor], repairs: Iterable[Re
     module = copy.deepcopy(model, dict(swaps))
     for repair in repairs:
         setattr(module.get_submodule(repair.module), repair.attribute, repair.new)
-    for submodule in module.modules():
-        for kind, sizes in STANDARD_SIZES.items():
-            if isinstance(submodule, kind):
-                for name, value in sizes(submodule).items():
-                    setattr(submodule, name, value)
+    new = []
+    with evaluating(module), torch.no_grad():  # a parametrised weight is computed when it is read
+        for submodule in module.modules():
+            for kind, sizes in STANDARD_SIZES.items():
+                if isinstance(submodule, kind):
+                    new += [(submodule, name, value) for name, value in sizes(submodule).items()]
+    for submodule, name, value in new:
+        setattr(submodule, name, value)
     return module
 
 
@@ -92,7 +96,8 @@ def find_repairs(captured: Captured, plan: ShrinkPlan) -> tuple[Repair, ...]:
             continue
         for argument, value in plan.literals[node.name].items():
             old = raw_argument(node, argument)
-            if vars(modules[stack[-1]]).get(argument) == old:
+            held = vars(modules[stack[-1]]).get(argument)
+            if isinstance(held, int | tuple | list) and held == old:
                 repairs.append(Repair(stack[-1], argument, old, value))
                 continue
             entries = value if isinstance(value, list) else [value]
@@ -108,7 +113,7 @@ def find_repairs(captured: Captured, plan: ShrinkPlan) -> tuple[Repair, ...]:
         certain = {old: news.copy().pop() for old, news in sizes.items() if len(news) == 1}
         for name, value in vars(modules[path]).items():
             new = _replaced(value, certain)
-            if not name.startswith("_") and new != value:
+            if not name.startswith("_") and new is not value and new != value:
                 repairs.append(Repair(path, name, value, new))
     return tuple(repairs)
 
@@ -116,16 +121,21 @@ def find_repairs(captured: Captured, plan: ShrinkPlan) -> tuple[Repair, ...]:
 def _replaced(value: Any, sizes: Mapping[int, int]) -> Any:
     if isinstance(value, int) and not isinstance(value, bool):
         return sizes.get(value, value)
-    if isinstance(value, tuple | list):
+    if type(value) in (tuple, list) and all(isinstance(item, int | tuple | list) for item in value):
         return type(value)(_replaced(item, sizes) for item in value)
     return value
 
 
-def candidates(repairs: tuple[Repair, ...]) -> Iterator[tuple[Repair, ...]]:
-    """Yields the repairs, then the repairs without one of the attribute names: a number can be equal by chance."""
-    yield repairs
-    names = dict.fromkeys(repair.attribute for repair in repairs)
-    for name in names:
-        yield tuple(repair for repair in repairs if repair.attribute != name)
-    if len(names) > 1:
-        yield ()
+def fewest(repairs: tuple[Repair, ...], fits: Callable[[tuple[Repair, ...]], bool]) -> tuple[Repair, ...] | None:
+    """Returns as few of the repairs, by attribute name, as the class fits with; None if it fits with none of the tries.
+
+    A number can be equal to a size by chance: where it is not needed, or does harm, it stays.
+    """
+    if fits(()):
+        return ()
+    found = repairs if repairs and fits(repairs) else None
+    for name in dict.fromkeys(repair.attribute for repair in repairs):
+        fewer = tuple(repair for repair in found or repairs if repair.attribute != name)
+        if fewer and fits(fewer):
+            found = fewer
+    return found

@@ -13,13 +13,14 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
 from speedup.analysis import tensor_names
-from speedup.capture import Captured, attribute, evaluating, quiet
+from speedup.capture import Captured, attribute, captured_from, evaluating, quiet, to_program
 from speedup.cut import ShrunkGraph, shrink_graph
 from speedup.errors import first_line
 from speedup.inputs import batch_size, with_batch
-from speedup.numeric import perturbed, relative_difference
+from speedup.numeric import perturbed, relative_difference, varied
 from speedup.plan import ShrinkPlan
-from speedup.repair import Repair, candidates, find_repairs, repaired
+from speedup.repair import Repair, fewest, find_repairs, repaired
+from speedup.replay import first_difference
 
 
 @dataclass(frozen=True)
@@ -40,24 +41,51 @@ class Shrunk:
 
 
 def shrink(captured: Captured, plan: ShrinkPlan) -> Shrunk:
-    """Returns the shrunk model: the user's class if its Python code then computes what the rewritten graph computes.
+    """Returns the shrunk model: the user's class if its Python code then does what the rewritten graph does.
 
-    That is checked in double precision on the example inputs at two batch sizes, not assumed.
+    That is checked, not assumed: by numbers on the example inputs at two batch sizes, and call by call in the graph of
+    the class, captured again. Attributes get a new value only where it is needed for that.
     """
     graph = shrink_graph(captured, plan)
     for module in captured.graph_module.modules():
         module.training = captured.model.training
     swaps = _swaps(captured, plan, graph)
-    obstacle = ""
-    for repairs in candidates(find_repairs(captured, plan)):
+    obstacles: dict[tuple[Repair, ...], str | None] = {}
+
+    def fits(repairs: tuple[Repair, ...]) -> bool:
         module = repaired(captured.model, swaps, repairs)
-        found = difference(module, graph, captured) or _training_error(module, captured)
-        if found is None:
-            measured = repairs + _bare_norms(module, captured)
-            return Shrunk(repaired(captured.model, swaps, measured), graph, measured, None)
-        obstacle = obstacle or found
+        obstacles[repairs] = difference(module, graph, captured) or _training_error(module, captured)
+        return obstacles[repairs] is None
+
+    candidates = find_repairs(captured, plan)
+    repairs = fewest(candidates, fits)
+    obstacle = obstacles[candidates] if repairs is None else None
+    if repairs is not None:
+        module = repaired(captured.model, swaps, repairs)
+        measured = repairs + _bare_norms(module, captured)
+        module = repaired(captured.model, swaps, measured)
+        obstacle = _other_calls(module, graph, captured)
+        if not obstacle:
+            return Shrunk(module, graph, measured, None)
     graph.train(captured.model.training)
     return Shrunk(graph, graph, (), obstacle)
+
+
+def _other_calls(module: nn.Module, graph: ShrunkGraph, captured: Captured) -> str:
+    """Where the graph of ``module``, captured again, does something else than ``graph``; empty if nowhere."""
+    inputs = captured.flat_inputs()
+    batches = (batch_size(inputs), 3) if captured.fixed_batch is None else (batch_size(inputs),)
+    args, kwargs = captured.args, captured.kwargs
+    with evaluating(module), quiet():
+        try:
+            with torch.no_grad():
+                module(*copy.deepcopy(args), **copy.deepcopy(kwargs))  # what it makes once and keeps is made now
+            program = to_program(module, args, kwargs, dynamic=captured.fixed_batch is None)
+        except Exception as error:  # noqa: BLE001  # whatever the user's code raises
+            return f"{_last_line_of(error)}: {first_line(error)}"
+        again = captured_from(program, module).graph_module
+    owned = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+    return first_difference(graph, again, inputs, batches=batches, owned=owned)
 
 
 def _swaps(captured: Captured, plan: ShrinkPlan, graph: ShrunkGraph) -> dict[int, Tensor]:
@@ -113,7 +141,7 @@ def difference(module: nn.Module, graph: ShrunkGraph, captured: Captured) -> str
     """Returns how ``module`` differs from ``graph`` at two batch sizes; None if it does not.
 
     Both run with the same perturbed parameters, so that no zero can hide a mistake, and in their own precision: they
-    are the same calls in the same order. Constants that the user's code makes as it runs stay what they are.
+    should be the same calls in the same order. Constants that the user's code makes as it runs stay what they are.
     """
     module, graph = copy.deepcopy((module, graph))  # together: they share their tensors
     generator = torch.Generator().manual_seed(0)
@@ -125,7 +153,7 @@ def difference(module: nn.Module, graph: ShrunkGraph, captured: Captured) -> str
         example = batch_size((captured.args, captured.kwargs))
         for batch in (example, 3) if captured.fixed_batch is None else (example,):
             args, kwargs = with_batch((captured.args, captured.kwargs), batch)
-            args, kwargs = pytree.tree_map(lambda leaf: _moved(leaf, generator), (args, kwargs))
+            args, kwargs = pytree.tree_map(lambda leaf: varied(leaf, generator), (args, kwargs))
             try:
                 expected = pytree.tree_leaves(graph(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
             except Exception as error:  # noqa: BLE001  # the proof will name the node
@@ -137,11 +165,6 @@ def difference(module: nn.Module, graph: ShrunkGraph, captured: Captured) -> str
             if len(found) != len(expected) or not all(map(_same, expected, found)):
                 return "its Python code computes something else than the rewritten graph"
     return None
-
-
-def _moved(leaf: Any, generator: torch.Generator) -> Any:
-    moved = perturbed(leaf, generator)
-    return moved.to(leaf.device, leaf.dtype) if isinstance(leaf, Tensor) else leaf
 
 
 def _same(expected: Any, found: Any) -> bool:

@@ -1,0 +1,120 @@
+"""What a graph does, call by call, with every size as a number: two graphs that do the same are one."""
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from speedup.capture import attribute, source_line
+from speedup.inputs import with_batch
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A tensor by where it comes from: an input, a call, a part of what a call gives, or a tensor that is held."""
+
+    origin: str
+    place: Any
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """A tensor that no model owns, by its content."""
+
+    tensor: Tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Constant) and torch.equal(self.tensor, other.tensor)
+
+    __hash__ = None  # type: ignore[assignment]  # content has none
+
+
+class _Replay(fx.Interpreter):
+    """Runs a graph on shapes alone and writes down its calls."""
+
+    def __init__(self, module: fx.GraphModule, mode: FakeTensorMode, owned: Container[int]) -> None:
+        super().__init__(module)
+        self.mode, self.owned = mode, owned
+        self.calls: list[tuple[fx.Node, Any]] = []
+        self.made: dict[str, Any] = {}
+        self.inputs = 0
+        self.returned: Any = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.op == "output":
+            self.returned = _plain(fx.node.map_arg(n.args, lambda n: self.made[n.name]))
+        elif n.op == "placeholder":
+            self.made[n.name] = _Made("input", self.inputs) if isinstance(value, Tensor) else value
+            self.inputs += 1
+        elif n.op == "get_attr":
+            tensor = attribute(self.module, str(n.target))
+            self.made[n.name] = _Made("held", id(tensor) if id(tensor) in self.owned else _Constant(tensor))
+            return self.mode.from_tensor(tensor)
+        elif n.op == "call_function" and any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
+            self._write_down(n, value)
+        else:  # a number
+            self.made[n.name] = value
+        return value
+
+    def _write_down(self, node: fx.Node, value: Any) -> None:
+        if not hasattr(node.target, "_schema"):  # getitem
+            source, index = node.args
+            self.made[node.name] = _Made("part", (self.made[str(source)], index))
+            return
+        schema = node.target._schema.arguments
+        given = dict(zip((argument.name for argument in schema), node.args, strict=False)) | node.kwargs
+        arguments = {a.name: given.get(a.name, a.default_value) for a in schema}
+        told: dict[str, Any] = dict(fx.node.map_arg(arguments, lambda n: self.made[n.name]))
+        if node.target is aten.slice.Tensor:
+            told |= _bounds(told, self.env[node.args[0]])  # type: ignore[index]  # a node
+        shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+        self.calls.append((node, (node.target, _plain(told), shapes)))
+        self.made[node.name] = _Made("call", len(self.calls))
+
+
+def first_difference(
+    one: fx.GraphModule, other: fx.GraphModule, inputs: Sequence[Any], *, batches: Sequence[int], owned: Container[int]
+) -> str:
+    """Returns where ``other`` does something else than ``one``, as text; empty if both make the same calls.
+
+    Args:
+        one: A graph.
+        other: Another, with the same inputs.
+        inputs: An example of each input.
+        batches: Batch sizes at which all sizes are compared.
+        owned: Identities of the tensors of a model, which are the same only if they are one; others, if they are equal.
+    """
+    for batch in batches:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+            fakes = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in with_batch(list(inputs), batch)]
+            runs = [_Replay(module, mode, owned) for module in (one, other)]
+            try:
+                for run in runs:
+                    run.run(*fakes, enable_io_processing=False)
+            except DynamicOutputShapeException:  # sizes depend on the data: the numbers that were compared must do
+                return ""
+        for (_, expected), (node, found) in zip(runs[0].calls, runs[1].calls, strict=False):
+            if expected != found:
+                return f"{source_line(node) or node.name}: computes something else than the rewritten graph"
+        if len(runs[0].calls) != len(runs[1].calls) or runs[0].returned != runs[1].returned:
+            return "its Python code returns something else than the rewritten graph"
+    return ""
+
+
+def _bounds(call: Mapping[str, Any], x: Tensor) -> dict[str, Any]:
+    """The bounds of a slice as positions: an open end is the last one."""
+    start, end, _ = slice(call["start"], call["end"], call["step"]).indices(x.shape[call["dim"]])
+    return {"start": start, "end": end}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
