@@ -98,7 +98,7 @@ class Blueprint:
             )
         except OSError as error:
             raise ModelError(f"{path}: cannot be read ({error.strerror}). Name a folder of graphprune.") from error
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ModelError(f"{path}: is not the plan of a shrunk model. Compress the model again.") from error
 
     def check(self, model: torch.nn.Module) -> None:

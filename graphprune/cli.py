@@ -72,7 +72,7 @@ Inputs = Annotated[
 ]
 Weights = Annotated[Path | None, typer.Option(help="State dict to load: safetensors, or written by torch.save.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Seed = Annotated[int, typer.Option(help="Of everything that is random.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of everything that is random.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Of onnxruntime while latency is measured.")]
 

@@ -65,6 +65,18 @@ class Request(BaseModel):
             raise ValueError("is below 1. Use 1 or more")
         return value
 
+    @field_validator("seed")
+    @classmethod
+    def _seed_is_a_seed(cls, value: int) -> int:
+        if not 0 <= value < 2**63:
+            raise ValueError("is not in [0, 2**63). Use a number such as 0")
+        return value
+
+    @field_validator("exclude", "only", mode="before")
+    @classmethod
+    def _names_are_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
     @classmethod
     def of(cls, **values: Any) -> "Request":
         """Returns the request with these values.

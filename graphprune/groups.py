@@ -91,6 +91,8 @@ class ChannelGroup:
 
 def find_groups(analysis: Analysis) -> tuple[ChannelGroup, ...]:
     """Returns the channel groups of an analysed graph, in the order in which it uses them."""
+    if not analysis.parameters:
+        return ()
     classes = analysis.classes
     axes = _axes(analysis)
     signature = _signatures(classes, axes)

@@ -58,7 +58,8 @@ def select(
         scores: A score for each class; nan means that the criterion has nothing to say of it.
         sparsity: Share that goes, in [0, 1).
         scope: ``local`` takes that share from each group, ``global`` from all of them by one ranking.
-        round_to: What is kept of an axis is rounded down to a multiple of this, never below one multiple of it.
+        round_to: What is kept of an axis is rounded down to a multiple of this, or up where that would take away more
+            than twice what was asked; never below one multiple of it.
         min_channels: Channels that every axis keeps at least; rounded up to a multiple.
         spared: For each group a reason to leave it alone, or None.
     """
@@ -126,8 +127,12 @@ def _rounded(group: ChannelGroup, asked: int, round_to: int, min_channels: int) 
 
 
 def _multiple(count: float, step: int, size: int) -> int:
-    """``count`` rounded down to a multiple of ``step``, at least one multiple, at most ``size``."""
-    return min(max(int(count // step) * step, step), size)
+    """``count`` of ``size`` rounded to a multiple of ``step``, at least one multiple, at most ``size``.
+
+    It is rounded down, unless that takes away more than twice what was asked.
+    """
+    down = max(int(count // step) * step, step)
+    return min(down if size - down <= 2 * (size - count) else _raised(int(np.ceil(count)), step), size)
 
 
 def _raised(count: int, step: int) -> int:

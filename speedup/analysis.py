@@ -103,6 +103,7 @@ def analyse(captured: Captured) -> Analysis:
     parameters: dict[str, Labels] = {}
     labels, unknown = _labelled(flow, captured.graph_module, names, parameters)
     if captured.training is not None:
+        flow.training = True
         _labelled(flow, captured.training, names, parameters)
     return Analysis(captured, labels, parameters, names, solve(flow), tuple(unknown))
 

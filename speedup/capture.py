@@ -85,7 +85,13 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Captured:
     Raises:
         CaptureError: The model raises on the example, or cannot be captured whole.
     """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"{model!r:.80}: is no torch.nn.Module. Give an instance of one.")
     args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, split_inputs(example_inputs))
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and (not leaf.numel() or (leaf.is_floating_point() and not _numbers(leaf))):
+            fact = "holds nan" if leaf.numel() else "is empty"
+            raise CaptureError(f"{describe(leaf)}: this example input {fact}. Give one that the model is made for.")
     refusal: CaptureError | None = None
     with evaluating(model):
         try:
@@ -104,6 +110,10 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Captured:
                 refusal = refusal or error
     assert refusal is not None
     raise refusal
+
+
+def _numbers(tensor: Tensor) -> bool:
+    return tensor.is_meta or not bool(tensor.isnan().any())
 
 
 def captured_from(program: ExportedProgram, model: nn.Module | None = None) -> Captured:

@@ -2,16 +2,17 @@
 
 import copy
 import operator
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.utils import _pytree as pytree
 
 from speedup.analysis import tensor_names
 from speedup.capture import Captured, attribute
 from speedup.errors import PlanError
-from speedup.inputs import batch_size
 from speedup.plan import Scaled, ShrinkPlan
 from speedup.rules.call import raw_argument
 
@@ -56,22 +57,42 @@ def shrink_graph(captured: Captured, plan: ShrinkPlan) -> ShrunkGraph:
             name = names.get(str(node.target), str(node.target))
             root[str(node.target)] = tensors[name] if name in tensors else attribute(source, name)
     shrunk = ShrunkGraph(root, graph, type(captured.model).__name__)
-    if captured.fixed_batch is not None:
-        shrunk.register_forward_pre_hook(_at_batch_only(captured.fixed_batch), with_kwargs=True)
+    shrunk.register_forward_pre_hook(_CapturedSizes.of(captured), with_kwargs=True)
     return shrunk
 
 
-def _at_batch_only(batch: int) -> Callable[[nn.Module, Any, Any], None]:
-    """A hook that refuses inputs of another batch than the one that the graph was specialised to."""
+@dataclass(frozen=True)
+class _CapturedSizes:
+    """A hook that refuses inputs of other sizes than the graph was specialised to: its numbers might be wrong.
 
-    def check(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if batch_size((args, kwargs)) != batch:
-            raise PlanError(
-                f"batch {batch_size((args, kwargs))}: the model fixes its batch in Python, so its graph is right for "
-                f"{batch} only. Read sizes with x.shape and avoid len(x) and int()."
+    Attributes:
+        shapes: Of each input, with None where any size will do; None for what is no tensor.
+    """
+
+    shapes: tuple[tuple[int | None, ...] | None, ...]
+
+    @classmethod
+    def of(cls, captured: Captured) -> "_CapturedSizes":
+        values = [node.meta.get("val") for node in captured.nodes if node.op == "placeholder"]
+        return cls(
+            tuple(
+                tuple(int(size) if is_concrete_int(size) else None for size in value.shape)
+                if isinstance(value, Tensor)
+                else None
+                for value in values
             )
+        )
 
-    return check
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        for leaf, shape in zip(pytree.tree_leaves((args, kwargs)), self.shapes, strict=False):
+            if not isinstance(leaf, Tensor) or shape is None or len(shape) != leaf.dim():
+                continue
+            if any(size is not None and size != found for size, found in zip(shape, leaf.shape, strict=True)):
+                wanted = "x".join("any" if size is None else str(size) for size in shape)
+                raise PlanError(
+                    f"{'x'.join(map(str, leaf.shape))}: the graph was captured for inputs of {wanted} and is right for "
+                    "those only. Compress with an example of this size."
+                )
 
 
 def cut_tensors(captured: Captured, plan: ShrinkPlan) -> dict[str, Tensor]:

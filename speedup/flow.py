@@ -83,6 +83,7 @@ class Flow:
         blocks: What must stay rectangular.
         merges: Atoms along dimensions that a reshape made one, in merged order.
         parts: What must not go all.
+        training: Whether it is the graph of the training mode that runs.
         copies: First atom of every plane that only says which copy an element belongs to.
     """
 
@@ -94,6 +95,7 @@ class Flow:
     blocks: list[Block] = field(default_factory=list)
     merges: list[Index] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
+    training: bool = False
     copies: set[int] = field(default_factory=set)
 
     def mint(self, shape: Sequence[int], dims: Sequence[int]) -> Plane:

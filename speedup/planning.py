@@ -89,6 +89,11 @@ def live_from_keep(analysis: Analysis, plan: ShrinkPlan) -> Mask:
         )
     for axis, kept in plan.keep.items():
         labels = analysis.parameters[axis.tensor]
+        if not 0 <= axis.dim < len(labels.shape):
+            raise PlanError(
+                f"{axis.tensor}: the plan keeps indices of dimension {axis.dim}, which it does not have. "
+                "Use the model that was compressed."
+            )
         gone = np.setdiff1d(np.arange(labels.shape[axis.dim]), kept)
         for plane in labels.planes:
             if support(plane) == (axis.dim,):

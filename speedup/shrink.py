@@ -50,16 +50,15 @@ def shrink(captured: Captured, plan: ShrinkPlan) -> Shrunk:
     for module in captured.graph_module.modules():
         module.training = captured.model.training
     swaps = _swaps(captured, plan, graph)
-    obstacles: dict[tuple[Repair, ...], str | None] = {}
+    obstacles: list[str | None] = []
 
     def fits(repairs: tuple[Repair, ...]) -> bool:
         module = repaired(captured.model, swaps, repairs)
-        obstacles[repairs] = difference(module, graph, captured) or _training_error(module, captured)
-        return obstacles[repairs] is None
+        obstacles.append(difference(module, graph, captured) or _training_error(module, captured))
+        return obstacles[-1] is None
 
-    candidates = find_repairs(captured, plan)
-    repairs = fewest(candidates, fits)
-    obstacle = obstacles[candidates] if repairs is None else None
+    repairs = fewest(find_repairs(captured, plan), fits)
+    obstacle = obstacles[:2][-1]  # that of all repairs, tried second
     if repairs is not None:
         module = repaired(captured.model, swaps, repairs)
         measured = repairs + _bare_norms(module, captured)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from test_rules import Case, Net, check, conv, image, parameters, tokens, weight
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 aten = torch.ops.aten
 A8 = "8: a.weight/0 a.bias/0 o.weight/1"
@@ -83,6 +84,13 @@ NORMS = (
         ),
         image(),
         ("8: a.weight/0 a.bias/0 w/1", "6: w/0 o.weight/1"),
+        mixes=True,
+    ),
+    Case(
+        "weight_norm",
+        lambda: nn.Sequential(weight_norm(conv(3, 8)), weight_norm(conv(8, 2))),
+        image(),
+        ("8: 0.parametrizations.weight.original0/0 0.parametrizations.weight.original1/0 0.bias/0 1.parametrizations.weight.original1/1",),
         mixes=True,
     ),
     Case(

@@ -15,7 +15,7 @@ def every_pass(net: Net, x: Tensor) -> Tensor:
     y = net.a(x)
     y = F.dropout(y, 0.5, False).contiguous().clone().detach().requires_grad_(False)
     y = F.alpha_dropout(F.dropout2d(y, 0.5, False), 0.5, False)
-    y = aten.dropout_.default(y, 0.5, False)
+    y = F.feature_alpha_dropout(aten.dropout_.default(y, 0.5, False), 0.5, False)
     y = aten.alias.default(aten.lift_fresh_copy.default(aten.detach_.default(y)))
     y = y + torch.zeros_like(y) + torch.ones_like(y) + torch.full_like(y, 2.0) + torch.empty_like(y).fill_(1.0).zero_()
     return net.o(y + aten.fill_.Tensor(torch.zeros_like(y), torch.tensor(1.0)))

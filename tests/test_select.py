@@ -141,10 +141,11 @@ def test_of_equal_scores_the_first_stay(scope: Any) -> None:
         (4, 0.9, 4, 4),
         (8, 0.5, 8, 8),
         (16, 0.5, 10, 8),
-        (4, 0.1, 8, 4),
+        (4, 0.1, 8, 8),
+        (4, 0.25, 4, 4),
     ],
 )
-def test_what_stays_is_rounded_down_but_not_below_one_multiple(
+def test_what_stays_is_rounded_down_unless_that_is_too_much(
     round_to: int, sparsity: float, ten: int, eight: int
 ) -> None:
     d = graphprune.trace(three_layers(), image())

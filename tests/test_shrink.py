@@ -4,8 +4,10 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,9 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune import Result
+from graphprune.errors import ModelError
 from speedup.cut import ShrunkGraph
+from speedup.errors import CaptureError, PlanError, ProofError
 from speedup.plan import Axis
 from speedup.repair import Repair
 
@@ -306,7 +310,7 @@ def test_a_batch_that_the_code_fixes_is_refused_or_right() -> None:
     try:
         assert model(torch.randn(4, 6, 12)).shape == (4, 2)
     except Exception as error:
-        assert "batch 4" in str(error)
+        assert "captured for inputs of 2x6x12" in str(error)
 
 
 # Inputs and outputs of any form.
@@ -434,3 +438,125 @@ def test_a_size_in_the_code_of_training_is_an_obstacle() -> None:
     result = compressed(Sized().train(), image())
     assert isinstance(result.model, ShrunkGraph)
     assert "invalid for input" in (result.shrunk.obstacle or "")
+
+
+class Limited(nn.Module):
+    """With a limit that is a channel count by chance, and matters for large inputs only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.o = nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.width = self.side = 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x).unflatten(-1, (2, self.width)).flatten(-2))
+        return self.o(x.clamp(max=self.side))
+
+
+def test_a_number_that_equals_a_size_by_chance_stays() -> None:
+    result = compressed(Limited(), tokens())
+    small: Any = result.model
+    assert type(small) is Limited and (small.width, small.side) == (2, 4)
+    assert [repair.attribute for repair in result.shrunk.repairs] == ["width"]
+
+
+def test_a_class_that_agrees_by_chance_is_not_handed_over() -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        h = net.a(x)
+        return net.o(h.relu() * (h.shape[1] / 8)).argmax(1)
+
+    for seed in range(4):
+        torch.manual_seed(seed)
+        result = compressed(Net(forward, a=nn.Linear(12, 8), o=nn.Linear(8, 2)), torch.randn(2, 12))
+        assert isinstance(result.model, ShrunkGraph)
+        assert "something else" in (result.shrunk.obstacle or "")
+
+
+def test_numbers_that_are_returned_are_those_of_the_original() -> None:
+    net = Net(lambda n, x: (n.o(n.a(x)), n.a(x).shape[1]), a=conv(3, 8), o=conv(8, 2))
+    assert compressed(net, image()).model(image())[1] == 8
+
+
+def test_a_graph_refuses_sizes_it_was_not_captured_for() -> None:
+    net = Net(lambda n, x: n.o(n.a(x)).sum((2, 3)) / (x.shape[2] * n.a(x).shape[1]), a=conv(3, 8), o=conv(8, 2))
+    model = compressed(net, image()).model
+    assert isinstance(model, ShrunkGraph) and model(torch.randn(5, 3, 6, 6)).shape == (5, 2)
+    with pytest.raises(PlanError, match="^2x3x9x9: the graph was captured for inputs of anyx3x6x6 "):
+        model(torch.randn(2, 3, 9, 9))
+
+
+@pytest.mark.parametrize("example", [torch.rand(2, 3, 6, 6), torch.zeros(2, 3, 6, 6)])
+def test_functions_of_positive_numbers(example: Tensor) -> None:
+    net = Net(lambda n, x: n.o(n.a(x.sqrt().add(1e-3).log()) / n.a(x).shape[1]), a=conv(3, 8), o=conv(8, 2))
+    result = compressed(net, example)
+    assert isinstance(result.model, ShrunkGraph)
+
+
+def test_nothing_is_proven_over_nan() -> None:
+    net = Net(lambda n, x: n.o(n.a(x) + (-x.square() - 1).sqrt().sum()), a=conv(3, 8), o=conv(8, 2))
+    with pytest.raises(ProofError, match="is nan everywhere at .*Use example inputs on which"):
+        compressed(net, image())
+
+
+def test_attributes_of_any_kind_are_left_alone() -> None:
+    model = Limited()
+    model.held = [torch.arange(8.0), np.arange(8), [4, "4", None], {"4": 4}, range(8), nn.ReLU]
+    small: Any = compressed(model, tokens()).model
+    assert small.width == 2 and small.held[2] == [4, "4", None]
+
+
+def test_what_a_model_makes_once_and_keeps_is_not_left_in_it(tmp_path: Path) -> None:
+    class Lazy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.o, self.places = nn.Linear(12, 8), nn.Linear(8, 2), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            if self.places is None:
+                self.places = torch.arange(x.shape[1])[:, None].expand(x.shape[1:]) / 10
+            return self.o(x + self.places)
+
+    model = Lazy()
+    result = compressed(model, tokens())
+    assert model.places is None
+    assert type(result.model) is Lazy and result.model.places is None
+    assert result.model(tokens()).shape == (2, 5, 2)
+
+
+def test_a_spectral_norm_in_training() -> None:
+    spectral_norm = nn.utils.parametrizations.spectral_norm
+    net = nn.Sequential(conv(3, 8), spectral_norm(conv(8, 6)), conv(6, 2)).train()
+    small = compressed(net, image()).model
+    assert small.training and small(image()).shape == (2, 2, 6, 6)
+
+
+def test_dropout_that_is_always_random_pins() -> None:
+    net = Net(
+        lambda n, x: n.o(F.dropout(n.a(x), 0.5, True) + n.p(n.b(x))),
+        a=conv(3, 8),
+        b=conv(3, 8),
+        p=conv(8, 8),
+        o=conv(8, 2),
+    )
+    small: Any = compressed(net, image()).model
+    assert (small.a.weight.shape[0], small.b.weight.shape[0]) == (8, 4)
+
+
+def test_a_model_without_parameters() -> None:
+    with pytest.raises(ModelError, match="nothing can be pruned"):
+        compressed(nn.ReLU(), image())
+
+
+@pytest.mark.parametrize("model", [None, nn.ReLU, lambda x: x])
+def test_what_is_no_model(model: Any) -> None:
+    with pytest.raises(CaptureError, match=r"is no torch\.nn\.Module"):
+        compressed(model, image())
+
+
+@pytest.mark.parametrize(
+    ("x", "fact"), [(torch.zeros(0, 3, 6, 6), "is empty"), (torch.full((2, 3, 6, 6), torch.nan), "holds nan")]
+)
+def test_examples_that_show_nothing(x: Tensor, fact: str) -> None:
+    with pytest.raises(CaptureError, match=fact):
+        compressed(nn.Sequential(conv(3, 8), conv(8, 2)), x)

@@ -40,7 +40,13 @@ def group_norm(flow: Flow, call: Call) -> Labels:
     return flow.meet([x, *(along_channels(vector, len(x.shape)) for vector in vectors)], call.shape)
 
 
+def weight_norm(flow: Flow, call: Call) -> Labels:
+    """w = v * g / |v|, the norm over all dimensions but ``dim``: what is masked counts for nothing."""
+    return flow.meet([call["v"], call["g"]], call.shape)
+
+
 RULES = {
+    aten._weight_norm.default: Rule("norm", weight_norm),
     aten.batch_norm.default: Rule("norm", batch_norm),
     aten._native_batch_norm_legit_no_training.default: Rule("norm", batch_norm),
     aten.instance_norm.default: Rule("norm", instance_norm),

@@ -19,6 +19,13 @@ def unchanged(flow: Flow, call: Call) -> Labels:
     return flow.meet(call.tensors()[:1], call.shape)
 
 
+def dropout(flow: Flow, call: Call) -> Labels:
+    """y[i] = x[i] in evaluation; where it is random even then, what is drawn depends on every size."""
+    if call.get("train") and call.get("p") and not flow.training:
+        flow.pin_all(call["input"], "goes through a dropout that is random in evaluation too")
+    return unchanged(flow, call)
+
+
 def overwrite(flow: Flow, call: Call) -> Labels:
     """x[i] = y[i]: the content is replaced, its place is not."""
     return flow.meet(call.tensors(), call.tensors()[0].shape)
@@ -48,7 +55,6 @@ def along_channels(vector: Labels, rank: int, dim: int = 1) -> Labels:
 
 
 _PASS = (
-    aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default, aten.alpha_dropout.default,
     aten.contiguous.default, aten._to_copy.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout,
     aten.to.other, aten.type_as.default, aten.detach.default, aten.detach_.default, aten.alias.default,
     aten.lift_fresh_copy.default, aten.clone.default, aten.zeros_like.default, aten.ones_like.default,
@@ -64,7 +70,13 @@ _ELEMENTWISE = (
 _ADD = (aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.sub_.Tensor)
 _MUL = (aten.mul.Tensor, aten.mul_.Tensor, aten.div.Tensor, aten.div_.Tensor)
 
+_DROPOUTS = (
+    aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default,
+)  # fmt: skip
+
 RULES = {
+    **dict.fromkeys(_DROPOUTS, Rule("elementwise", dropout)),
+    aten.dropout_.default: Rule("elementwise", unchanged),
     **dict.fromkeys(_PASS, Rule("elementwise", unchanged)),
     **dict.fromkeys(_ELEMENTWISE, Rule("elementwise", pointwise)),
     **dict.fromkeys(_ADD, Rule("add", pointwise)),
