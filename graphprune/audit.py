@@ -176,16 +176,21 @@ def _check_report(folder: Path, captured: Captured, graph: ShrunkGraph) -> str:
             "params": (report["params"]["dense"], report["params"]["shrunk"]),
             "macs": (report["macs"]["dense"], report["macs"]["shrunk"]),
         }
-        sizes = dict(report["files"])
+        told = dict(report["files"])
+        if told.keys() != set(files.FILES) - {files.REPORT}:
+            raise ValueError(told)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: is not the report of a compression. {_REMEDY}") from error
     dense, small = cost(captured.graph_module, captured), cost(graph, captured)
     for name, found in (("params", (dense.params, small.params)), ("macs", (dense.macs, small.macs))):
         if claims[name] != found:
             raise ProofError(f"{files.REPORT}: says {name} {claims[name]}, the graphs have {found}. {_REMEDY}")
-    for name, size in sizes.items():
-        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
-            raise ProofError(f"{name}: has not the {size} bytes that {files.REPORT} says. {_REMEDY}")
+    for name, fingerprint in told.items():
+        if not (folder / name).is_file() or files.fingerprint(folder / name) != fingerprint:
+            raise ProofError(f"{name}: is not the file that {files.REPORT} describes, by its SHA-256. {_REMEDY}")
+    if report.get("sha256") != files.digest(report):
+        raise ProofError(f"{files.REPORT}: is not as it was written, by its SHA-256. {_REMEDY}")
     return (
-        f"{dense.params} -> {small.params} parameters, {dense.macs} -> {small.macs} MACs, sizes of {len(sizes)} files"
+        f"{dense.params} -> {small.params} parameters, {dense.macs} -> {small.macs} MACs; "
+        f"{len(told)} files as they were written, by SHA-256"
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ class OneLine(TyperGroup):
     def main(self, args: Sequence[str] | None = None, *_: Any, **extra: Any) -> Any:
         """Runs a command line and leaves the process."""
         words = list(sys.argv[1:] if args is None else args)
+        with contextlib.suppress(ValueError):  # outside the main thread there are no signals
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that drafts are removed
         warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")  # inside torch.export
         try:
             status = super().main(words, **{**extra, "prog_name": "graphprune", "standalone_mode": False, "obj": words})

@@ -86,10 +86,11 @@ def deliver(
             **result.report,
             "accuracy": None if before is None else {"dense": before, "shrunk": after},
             "latency": latency,
-            "exports": {name: _facts(file) for name, file in exported.items()},
-            "files": {path.name: path.stat().st_size for path in sorted(draft.iterdir())},
+            "exports": {name: _facts(file, draft) for name, file in exported.items()},
+            "files": {path.name: files.fingerprint(path) for path in sorted(draft.iterdir())},
             "seconds": stage.seconds,
         }
+        report["sha256"] = files.digest(report)
         (draft / files.REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
     return Delivery(folder, report, result)
 
@@ -128,8 +129,8 @@ def _named(found: Benchmark, draft: Path) -> Benchmark:
     )
 
 
-def _facts(file: ModelFile) -> dict[str, Any]:
-    facts = asdict(file)
+def _facts(file: ModelFile, draft: Path) -> dict[str, Any]:
+    facts = asdict(file) | {"note": file.note.replace(f"{draft}/", "")}
     del facts["path"], facts["size"]
     return facts
 

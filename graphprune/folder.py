@@ -1,11 +1,15 @@
 """The folder that a compression leaves: what its files are called, how it comes to be at once, and how to load it."""
 
+import hashlib
+import json
 import operator
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +28,21 @@ REPORT = "report.json"
 PROGRAM, DENSE_PROGRAM = "model.pt2", "dense.pt2"
 ONNX, DENSE_ONNX = "model.onnx", "dense.onnx"
 FILES = (ONNX, DENSE_ONNX, PROGRAM, DENSE_PROGRAM, PLAN, WEIGHTS, REPORT)
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Returns the size and the SHA-256 of a file."""
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        for chunk in iter(partial(file.read, 1 << 20), b""):
+            sha256.update(chunk)
+    return {"bytes": path.stat().st_size, "sha256": sha256.hexdigest()}
+
+
+def digest(report: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of what a report says, its own left out."""
+    said = {key: value for key, value in report.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

@@ -33,7 +33,7 @@ def compression(report: Report, folder: Path) -> RenderableType:
     parts: list[RenderableType] = [_groups(report["groups"]), _summary(report)]
     parts += [Padding(Text(note), (0, 1)) for note in (*_left_alone(report), _form(report), _proof(report))]
     parts += [Padding(Text(f"Note: {note}"), (0, 1)) for note in _warnings(report)]
-    return Group(*parts, _files(report["files"], folder))
+    return Group(*parts, _files({name: file["bytes"] for name, file in report["files"].items()}, folder))
 
 
 def channel_groups(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
@@ -108,8 +108,7 @@ def _summary(report: Report) -> RenderableType:
         table.add_row(
             name, _short(change["dense"]), _short(change["shrunk"]), _times(change["dense"], change["shrunk"])
         )
-    sizes = report["files"]
-    dense, small = sizes["dense.onnx"], sizes["model.onnx"]
+    dense, small = (report["files"][name]["bytes"] for name in ("dense.onnx", "model.onnx"))
     table.add_row("ONNX file", _bytes(dense), _bytes(small), _times(dense, small))
     if report["latency"]:
         before, after = report["latency"]["models"]

@@ -291,12 +291,35 @@ def test_audit_finds_a_boasting_report(plain: Path) -> None:
     for change, message in (
         ({"params": {"dense": report["params"]["dense"], "shrunk": 1}}, "says params"),
         ({"macs": {"dense": 1, "shrunk": 1}}, "says macs"),
-        ({"files": {files.ONNX: 3}}, "has not the 3 bytes"),
+        ({"files": report["files"] | {files.ONNX: {"bytes": 3, "sha256": ""}}}, "model.onnx: is not the file that"),
         ({"files": 3}, "is not the report"),
+        ({"files": {}}, "is not the report"),
+        ({"accuracy": {"dense": 1, "shrunk": 2}}, "is not as it was written"),
     ):
         (plain / files.REPORT).write_text(json.dumps(report | change))
         with pytest.raises(SpeedupError, match=message):
             audit(plain)
+
+
+@pytest.mark.parametrize("name", sorted({*files.FILES} - {files.REPORT}))
+def test_audit_finds_a_single_byte(plain: Path, name: str) -> None:
+    path = plain / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(SpeedupError):
+        audit(plain)
+
+
+def test_audit_finds_other_repairs(deliveries: dict[str, Delivery], tmp_path: Path) -> None:
+    for name, made in deliveries.items():
+        folder = tmp_path / name
+        shutil.copytree(made.folder, folder)
+        plan = json.loads((folder / files.PLAN).read_text())
+        plan["repairs"] = [{"module": "", "attribute": "width", "old": 8, "new": 4}]
+        (folder / files.PLAN).write_text(json.dumps(plan))
+        with pytest.raises(SpeedupError, match=r"plan\.json: is not the file that"):
+            audit(folder)
 
 
 def test_audit_of_nothing(tmp_path: Path) -> None:

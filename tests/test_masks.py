@@ -1,0 +1,95 @@
+"""Masks made elsewhere: what they make of a model, and what is said of masks that cannot be followed."""
+
+from typing import Any
+
+import pytest
+import torch
+from test_rules import Net, conv, image
+from torch import Tensor, nn
+
+from speedup import ModelSpeedup, SpeedupError
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 6), nn.ReLU(), conv(6, 2))
+
+
+def ones(model: nn.Module) -> dict[str, Tensor]:
+    return {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
+
+
+def masked(model: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
+    with torch.no_grad():
+        for name, mask in masks.items():
+            model.get_parameter(name).mul_(mask)
+    return model
+
+
+def check(model: nn.Module, masks: dict[str, Tensor]) -> tuple[ModelSpeedup, Any]:
+    """The shrunk model computes what the original with masked weights does."""
+    speedup = ModelSpeedup(model, image(), masks)
+    small = speedup.speedup_model()
+    assert speedup.proof is not None and speedup.proof.nodes > 5
+    assert speedup.difference is not None and speedup.difference < 1e-5
+    torch.testing.assert_close(small(image()), masked(net(), masks)(image()), rtol=1e-4, atol=1e-5)
+    return speedup, small
+
+
+def test_whole_channels() -> None:
+    masks = ones(net())
+    masks["0.weight"][[1, 4]] = 0
+    masks["0.bias"][[1, 4]] = 0
+    speedup, small = check(net(), masks)
+    assert small[0].weight.shape == (6, 3, 3, 3) and small[2].weight.shape == (6, 6, 3, 3)
+    assert set(speedup.reconciled.values()) == {0}
+
+
+def test_masks_of_inputs_and_of_single_weights_stay_in_what_is_kept() -> None:
+    masks = ones(net())
+    masks["2.weight"][:, :3] = 0
+    masks["2.weight"][1, 5] = 0
+    masks["4.weight"] = (torch.rand(2, 6, 3, 3, generator=torch.Generator().manual_seed(1)) > 0.5).float()
+    _, small = check(net(), masks)
+    assert small[0].weight.shape == (8, 3, 3, 3)
+
+
+def test_masks_of_coupled_layers_are_reconciled() -> None:
+    def build() -> Net:
+        torch.manual_seed(0)
+        return Net(lambda n, x: n.o(n.a(x) + n.b(x)), a=conv(3, 8, bias=False), b=conv(3, 8, bias=False), o=conv(8, 2))
+
+    masks = {"a": {"weight": torch.ones(8, 3, 3, 3)}, "b": {"weight": torch.ones(8, 3, 3, 3)}}
+    masks["a"]["weight"][:4] = 0
+    masks["b"]["weight"][2:6] = 0
+    speedup = ModelSpeedup(build(), image(), masks)
+    small: Any = speedup.speedup_model()
+    assert small.a.weight.shape[0] == 6 and speedup.reconciled == {"a.weight": 2, "b.weight": 2}
+    reference = masked(build(), {f"{name}.weight": one["weight"] for name, one in masks.items()})
+    torch.testing.assert_close(small(image()), reference(image()), rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_mask_leaves_behind_is_measured() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), conv(8, 2))
+    nn.init.uniform_(model[1].bias, 1, 2)
+    mask = torch.ones(8, 3, 3, 3)
+    mask[:4] = 0
+    speedup = ModelSpeedup(model, image(), {"0.weight": mask, "0.bias": mask[:, 0, 0, 0]})
+    small: Any = speedup.speedup_model()
+    assert small[0].weight.shape[0] == 4
+    assert speedup.difference is not None and speedup.difference > 0.01  # the shift of the norm is gone
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        (None, "^masks: are of type NoneType. Give"),
+        ({"9.weight": torch.ones(3)}, "^9.weight: is masked, but the model uses no parameter of that name"),
+        ({"0.weight": torch.ones(8)}, r"^0.weight: the mask has shape \(8,\)"),
+        ({"0.weight": torch.full((8, 3, 3, 3), torch.nan)}, "^0.weight: the mask holds nan"),
+    ],
+)
+def test_masks_that_fit_nothing(masks: Any, message: str) -> None:
+    with pytest.raises(SpeedupError, match=message):
+        ModelSpeedup(net(), image(), masks)
