@@ -4,6 +4,7 @@ import copy
 import importlib
 import importlib.util
 import inspect
+import math
 import re
 import sys
 import sysconfig
@@ -222,10 +223,13 @@ def _drawn(inputs: Sequence[str], model: nn.Module) -> ExampleInputs:
         if match is None or not isinstance(dtype, torch.dtype):
             raise ConfigError(f"input {text!r}: is no shape. Use one such as 1x3x224x224 or ids=2x128:int64.")
         shape = [int(size) for size in match["shape"].split("x")]
-        if dtype.is_floating_point or dtype.is_complex:
-            value = torch.randn(shape, dtype=dtype)
-        else:
-            value = torch.randint(2, shape).to(dtype)  # 0 and 1 are ids in any vocabulary
+        try:
+            if dtype.is_floating_point or dtype.is_complex:
+                value = torch.randn(shape, dtype=dtype)
+            else:
+                value = torch.randint(2, shape).to(dtype)  # 0 and 1 are ids in any vocabulary
+        except (RuntimeError, OverflowError) as error:
+            raise ConfigError(f"input {text!r}: is larger than the memory. Use the size of one example.") from error
         if match["name"]:
             named[match["name"]] = value
         else:
@@ -245,6 +249,8 @@ def _guarded(evaluate: Callable[[nn.Module], Any], folder: Path, text: str) -> E
             value = value.item()
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ModelError(f"{text}: evaluate() gives {type(value).__name__}. Return one number.")
+        if math.isnan(value):
+            raise ModelError(f"{text}: evaluate() gives nan. Return a number.")
         return float(value)
 
     return guarded

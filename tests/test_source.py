@@ -274,3 +274,11 @@ def test_weights_of_any_type_and_layout(tmp_path: Path) -> None:
     found = read_weights(tmp_path / "weights")
     assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
     assert found["h"].dtype is torch.half
+
+
+def test_an_input_larger_than_the_memory(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "import torch\nclass Net(torch.nn.Linear):\n    def __init__(self): super().__init__(3, 3)\n"
+    )
+    with pytest.raises(ConfigError, match="'99999999x99999999': is larger than the memory"):
+        load_source(str(tmp_path / "net.py"), inputs=("99999999x99999999",))
