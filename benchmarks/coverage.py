@@ -2,7 +2,7 @@
 
     python benchmarks/coverage.py --out docs/coverage.md [--only NAME ...] [--seconds 120]
 
-Each network runs in a process of its own, at half of its channels, without rounding. Networks of more parameters than
+With --only, the other rows of a page that is there stay. Each network runs in a process of its own, at half of its channels, without rounding. Networks of more parameters than
 --proof-limit are analysed and planned by shape only.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = ("captured", "groups", "pinned", "kept", "proof", "result", "seconds")
 HEAD = "| network | captured | groups prunable | pinned, and why | parameters kept | proof | result | seconds |"
 
 
@@ -101,7 +102,6 @@ def measured(name: str, seconds: int, proof_limit: int) -> dict[str, Any]:
 
 def markdown(rows: dict[str, dict[str, Any]]) -> str:
     """The page."""
-    columns = ("captured", "groups", "pinned", "kept", "proof", "result", "seconds")
     proven = sum(values.get("proof", "by shape") != "by shape" for values in rows.values())
     planned = sum(values.get("proof") == "by shape" for values in rows.values())
     lines = [
@@ -119,9 +119,16 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
     ]
     for name, values in rows.items():
         lines.append(
-            f"| {name} | " + " | ".join(str(values.get(column, "")).replace("|", "/") for column in columns) + " |"
+            f"| {name} | " + " | ".join(str(values.get(column, "")).replace("|", "/") for column in COLUMNS) + " |"
         )
     return "\n".join(lines) + "\n"
+
+
+def read(path: Path) -> dict[str, dict[str, str]]:
+    """The rows of a page that was written before."""
+    lines = [line for line in path.read_text().splitlines() if line.startswith("| ") and line != HEAD]
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if " --- " not in line]
+    return {name: {key: value for key, value in zip(COLUMNS, values, strict=False) if value} for name, *values in cells}
 
 
 def main() -> None:
@@ -135,7 +142,7 @@ def main() -> None:
     if given.row:
         print(json.dumps(row(given.row, given.proof_limit)))
         return
-    rows = {}
+    rows = read(given.out) if given.only and given.out and given.out.is_file() else {}
     for name in given.only or names():
         rows[name] = measured(name, given.seconds, given.proof_limit)
         print(name, rows[name], flush=True)

@@ -61,16 +61,13 @@ class ShrinkPlan:
                 )
             tensor = tensor.index_select(axis.dim, torch.as_tensor(indices, device=tensor.device))
         if name in self.rows:
-            where = torch.as_tensor(self.rows[name], device=tensor.device)
-            if (
-                len(where) != len(tensor)
-                or tensor.dim() < 2
-                or not 0 <= int(where.min()) <= int(where.max()) < tensor.shape[1]
-            ):
+            rows = self.rows[name]
+            if len(rows) != len(tensor) or tensor.dim() < 2 or not 0 <= rows.min() <= rows.max() < tensor.shape[1]:
                 raise PlanError(
-                    f"{name}: the plan keeps inputs of {len(where)} outputs, up to {int(where.max())}, but what "
+                    f"{name}: the plan keeps inputs of {len(rows)} outputs, up to {rows.max()}, but what "
                     f"is left has shape {tuple(tensor.shape)}. Use the model that the plan was made for."
                 )
+            where = torch.as_tensor(rows, device=tensor.device)
             where = where.reshape(*where.shape, *(1,) * (tensor.dim() - 2))
             tensor = tensor.gather(1, where.expand(*where.shape[:2], *tensor.shape[2:]))
         return tensor
