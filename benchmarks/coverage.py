@@ -8,13 +8,14 @@ With --only, the other rows of a page that is there stay. Each network runs in a
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import own_process
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("captured", "groups", "pinned", "kept", "proof", "result", "seconds")
@@ -87,17 +88,9 @@ def _network(name: str, proof_limit: int) -> tuple[Any, Any, bool]:
 
 
 def measured(name: str, seconds: int, proof_limit: int) -> dict[str, Any]:
-    """The row of a network, made in a process of its own within a limit."""
-    command = [sys.executable, "-W", "ignore", __file__, "--row", name, "--proof-limit", str(proof_limit)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
-        return {"captured": f"not within {seconds} s"}
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        return {"captured": f"no: {lines[-1][:200] if lines else 'no message'}"}
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    """The row of a network."""
+    found = own_process.run(__file__, ["--row", name, "--proof-limit", str(proof_limit)], seconds)
+    return {"captured": f"no: {found}"} if isinstance(found, str) else found
 
 
 def markdown(rows: dict[str, dict[str, Any]]) -> str:

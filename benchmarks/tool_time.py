@@ -10,11 +10,12 @@ import argparse
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import own_process
 
 NETWORKS = (
     "resnet50",
@@ -91,16 +92,8 @@ def once(tool: str, name: str) -> dict[str, Any]:
 
 def measured(tool: str, name: str, limit: int) -> dict[str, Any]:
     """One run in a process of its own."""
-    command = [sys.executable, "-W", "ignore", __file__, "--once", tool, name]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not within {limit} s"}
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        return {"failed": lines[-1][:120] if lines else "no message"}
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    found = own_process.run(__file__, ["--once", tool, name], limit)
+    return {"failed": found} if isinstance(found, str) else found
 
 
 def profile(name: str) -> None:

@@ -20,7 +20,6 @@ from speedup.analysis import Analysis, analyse
 from speedup.capture import Captured, attribute, captured_from
 from speedup.cut import ShrunkGraph, shrink_graph
 from speedup.errors import PlanError, ProofError
-from speedup.inputs import batch_size
 from speedup.labels import Mask
 from speedup.plan import ShrinkPlan
 from speedup.planning import live_from_keep, make_plan
@@ -145,7 +144,7 @@ def _check_file(path: Path, model: nn.Module, captured: Captured) -> str:
     if not path.is_file():
         raise ProofError(f"{path.name}: is missing. {_REMEDY}")
     inputs: Any = captured.kwargs or captured.args
-    batches = (1, 3) if _is_open(captured) else (batch_size(inputs),)
+    batches = (1, 3) if captured.fixed_batch is None else captured.batches
     if path.suffix == ".pt2":
         loaded = read_program(path).module(check_guards=False)
         agreement = compare(lambda args, kwargs: tensors(loaded(*args, **kwargs)), path, model, inputs, batches=batches)
@@ -157,14 +156,6 @@ def _check_file(path: Path, model: nn.Module, captured: Captured) -> str:
         return agreement.note
     compared = " and ".join(map(str, agreement.batches))
     return f"computes the same at batch {compared}, to {agreement.difference:.1g} of the largest value"
-
-
-def _is_open(captured: Captured) -> bool:
-    """Whether the batch of the captured graph is open."""
-    values = [node.meta.get("val") for node in captured.nodes if node.op == "placeholder"]
-    return any(
-        isinstance(value, Tensor) and value.dim() and isinstance(value.shape[0], torch.SymInt) for value in values
-    )
 
 
 def _check_report(folder: Path, captured: Captured, graph: ShrunkGraph) -> str:

@@ -82,7 +82,7 @@ def compare(
             )
         allowed = max(tolerance, 16 * _coarsest_step((*weights(model), *tensors((args, kwargs)), *expected)))
         for index, (right, other) in enumerate(zip(expected, found, strict=True)):
-            difference = relative_difference(right.cpu(), other.cpu())
+            difference = off_by(right.cpu(), other.cpu())
             if difference > allowed:
                 raise ExportError(
                     f"{path}: output {index} for batch {batch} is off by {difference:.2g} of the model's largest "
@@ -98,14 +98,11 @@ def varied(inputs: Any, batch: int) -> Any:
     return pytree.tree_map(lambda leaf: numeric.varied(leaf, generator), with_batch(inputs, batch))
 
 
-def relative_difference(right: Tensor, other: Tensor) -> float:
+def off_by(right: Tensor, other: Tensor) -> float:
     """Largest difference over the largest finite value of `right`; the same infinity, or NaN in both, is none."""
     right, other = right.double(), other.double()
-    unequal = (right != other) & ~(right.isnan() & other.isnan())
-    if not unequal.any():
-        return 0.0
-    largest = right.where(right.isfinite(), 0.0).abs().max().item() or 1.0
-    return ((right - other)[unequal].abs().max() / largest).nan_to_num(nan=torch.inf, posinf=torch.inf).item()
+    largest = right.where(right.isfinite(), 0.0).abs()
+    return numeric.relative_difference(right, other, floor=float(largest.max()) if largest.numel() else 0.0)
 
 
 def tensors(tree: Any) -> list[Tensor]:

@@ -62,6 +62,12 @@ class Captured:
         return None if dynamic else batch_size((self.args, self.kwargs))
 
     @property
+    def batches(self) -> tuple[int, ...]:
+        """Batch sizes to compare at: that of the example, and another where the graph is right at any."""
+        example = batch_size((self.args, self.kwargs))
+        return (example, 3) if self.fixed_batch is None else (example,)
+
+    @property
     def unused(self) -> tuple[str, ...]:
         """Parameters that the graph does not use: heads for training only, spare layers."""
         read = self.graph_module.graph.find_nodes(op="get_attr")

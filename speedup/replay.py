@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from speedup.capture import attribute, source_line
 from speedup.inputs import with_batch
+from speedup.rules.call import raw_argument
 
 aten = torch.ops.aten
 
@@ -68,9 +69,7 @@ class _Replay(fx.Interpreter):
             source, index = node.args
             self.made[node.name] = _Made("part", (self.made[str(source)], index))
             return
-        schema = node.target._schema.arguments
-        given = dict(zip((argument.name for argument in schema), node.args, strict=False)) | node.kwargs
-        arguments = {a.name: given.get(a.name, a.default_value) for a in schema}
+        arguments = {a.name: raw_argument(node, a.name) for a in node.target._schema.arguments}
         told: dict[str, Any] = dict(fx.node.map_arg(arguments, lambda n: self.made[n.name]))
         if node.target is aten.slice.Tensor:
             told |= _bounds(told, self.env[node.args[0]])  # type: ignore[index]  # a node

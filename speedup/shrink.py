@@ -16,7 +16,7 @@ from speedup.analysis import tensor_names
 from speedup.capture import Captured, attribute, captured_from, evaluating, quiet, to_program
 from speedup.cut import ShrunkGraph, shrink_graph
 from speedup.errors import first_line
-from speedup.inputs import batch_size, with_batch
+from speedup.inputs import with_batch
 from speedup.numeric import perturbed, relative_difference, varied
 from speedup.plan import ShrinkPlan
 from speedup.repair import Repair, fewest, find_repairs, repaired
@@ -62,7 +62,8 @@ def shrink(captured: Captured, plan: ShrinkPlan) -> Shrunk:
     if repairs is not None:
         module = repaired(captured.model, swaps, repairs)
         measured = repairs + _bare_norms(module, captured)
-        module = repaired(captured.model, swaps, measured)
+        if measured != repairs:
+            module = repaired(captured.model, swaps, measured)
         obstacle = _other_calls(module, graph, captured)
         if not obstacle:
             return Shrunk(module, graph, measured, None)
@@ -72,8 +73,6 @@ def shrink(captured: Captured, plan: ShrinkPlan) -> Shrunk:
 
 def _other_calls(module: nn.Module, graph: ShrunkGraph, captured: Captured) -> str:
     """Where the graph of ``module``, captured again, does something else than ``graph``; empty if nowhere."""
-    inputs = captured.flat_inputs()
-    batches = (batch_size(inputs), 3) if captured.fixed_batch is None else (batch_size(inputs),)
     args, kwargs = captured.args, captured.kwargs
     with evaluating(module), quiet():
         try:
@@ -84,7 +83,7 @@ def _other_calls(module: nn.Module, graph: ShrunkGraph, captured: Captured) -> s
             return f"{_last_line_of(error)}: {first_line(error)}"
         again = captured_from(program, module).graph_module
     owned = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
-    return first_difference(graph, again, inputs, batches=batches, owned=owned)
+    return first_difference(graph, again, captured.flat_inputs(), batches=captured.batches, owned=owned)
 
 
 def _swaps(captured: Captured, plan: ShrinkPlan, graph: ShrunkGraph) -> dict[int, Tensor]:
@@ -149,8 +148,7 @@ def difference(module: nn.Module, graph: ShrunkGraph, captured: Captured) -> str
         for tensor in (*module.parameters(), *module.buffers()):
             if id(tensor) in shared:
                 tensor.copy_(perturbed(tensor, generator))
-        example = batch_size((captured.args, captured.kwargs))
-        for batch in (example, 3) if captured.fixed_batch is None else (example,):
+        for batch in captured.batches:
             args, kwargs = with_batch((captured.args, captured.kwargs), batch)
             args, kwargs = pytree.tree_map(lambda leaf: varied(leaf, generator), (args, kwargs))
             try:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from speedup.agreement import relative_difference, varied
+from speedup.agreement import off_by, varied
 from speedup.capture import capture
 from speedup.cut import shrink_graph
 from speedup.errors import ExportError
@@ -329,4 +329,4 @@ def test_inputs_vary_within_what_they_mean() -> None:
 def test_differences_are_relative_to_the_largest_value(
     right: list[float], other: list[float], difference: float
 ) -> None:
-    assert relative_difference(torch.tensor(right), torch.tensor(other)) == difference
+    assert off_by(torch.tensor(right), torch.tensor(other)) == difference

@@ -1,13 +1,11 @@
 """The whole pipeline on tiny nets, in seconds: what a user asks, what comes back, and what is refused in one line."""
 
 import json
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from test_rules import check_oracle, conv, image, one_thread
+from test_rules import check_oracle, conv, image
 from torch import Tensor, nn
 
 import graphprune
@@ -33,12 +31,7 @@ class Tiny(nn.Module):
         return self.head(self.mix(y).relu().mean((2, 3)))
 
 
-@pytest.fixture(autouse=True)
-def _quiet_and_quick() -> Iterator[None]:
-    torch.manual_seed(0)
-    with one_thread(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        yield
+pytestmark = pytest.mark.usefixtures("quiet_and_quick")
 
 
 def tiny() -> Tiny:
