@@ -20,8 +20,8 @@ from torch.export.pt2_archive import PT2ArchiveReader
 from torch.utils._sympy import functions
 
 from graphprune.errors import ModelError
-from speedup.capture import quiet
 from speedup.errors import first_line
+from speedup.program import quiet
 
 _DISTRUST = "Do not use this file; compress the model again."
 _MEMBERS = re.compile(

@@ -98,11 +98,13 @@ def deliver(
 def _export(source: Source, result: Result, draft: Path, opset: int | None) -> dict[str, ModelFile]:
     captured = result.dependencies.analysis.captured
     save_program(captured.program, draft / files.DENSE_PROGRAM)
-    models: Mapping[str, nn.Module] = {files.DENSE_ONNX: source.model, files.ONNX: result.model}
+    dense, small = (captured.entry(model) for model in (source.model, result.model))
+    inputs = source.example_inputs if captured.parts is None else captured.args
+    models: Mapping[str, nn.Module] = {files.DENSE_ONNX: dense, files.ONNX: small}
     written: dict[str, ModelFile] = {
-        name: export_onnx(model, source.example_inputs, draft / name, opset=opset) for name, model in models.items()
+        name: export_onnx(model, inputs, draft / name, opset=opset) for name, model in models.items()
     }
-    written[files.PROGRAM] = export_pt2(result.model, source.example_inputs, draft / files.PROGRAM)
+    written[files.PROGRAM] = export_pt2(small, inputs, draft / files.PROGRAM)
     return written
 
 

@@ -14,6 +14,7 @@ from graphprune.config import Request
 from graphprune.dependency import DependencyGraph
 from graphprune.groups import ChannelGroup, Member
 from graphprune.select import Choice, Selection
+from speedup.capture import Captured
 from speedup.proof import Proof
 from speedup.shrink import Shrunk
 
@@ -54,6 +55,7 @@ def build_report(
         "groups": [_chosen(choice) for choice in selection.choices if choice.group.pin is None],
         "layers": _layers(dense, small),
         "pinned": _pinned(dependencies, selection),
+        "parts": _parts(captured),
         "unused": sorted(set(captured.unused) - dependencies.analysis.parameters.keys()),
         "unknown_operators": [
             {"node": node.name, "operator": str(node.target)} for node in dependencies.analysis.unknown
@@ -100,6 +102,19 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
         "torch": torch.__version__,
+    }
+
+
+def _parts(captured: Captured) -> dict[str, Any] | None:
+    """Which parts of a model were captured and what stopped the rest; None where it was captured whole."""
+    if captured.parts is None:
+        return None
+    outside = captured.parts.outside(captured.model)
+    return {
+        "captured": list(dict.fromkeys(captured.parts.paths)),
+        "stopped": dict(captured.parts.stopped),
+        "parameters_outside": sum(tensor.numel() for tensor in outside.values()),
+        "used_outside": list(captured.parts.shared),
     }
 
 

@@ -31,7 +31,8 @@ _FILES = {
 def compression(report: Report, folder: Path) -> RenderableType:
     """Returns what a compression did, what was proven and where everything is."""
     parts: list[RenderableType] = [_groups(report["groups"]), _summary(report)]
-    parts += [Padding(Text(note), (0, 1)) for note in (*_left_alone(report), _form(report), _proof(report))]
+    notes = (*_captured(report), *_left_alone(report), _form(report), _proof(report))
+    parts += [Padding(Text(note), (0, 1)) for note in notes]
     parts += [Padding(Text(f"Note: {note}"), (0, 1)) for note in _warnings(report)]
     return Group(*parts, _files({name: file["bytes"] for name, file in report["files"].items()}, folder))
 
@@ -132,6 +133,18 @@ def _left_alone(report: Report) -> list[str]:
     return [
         f"Left alone: {first[reason]}{f' and {count - 1} more' if count > 1 else ''}: {reason}."
         for reason, count in reasons.most_common(8)
+    ]
+
+
+def _captured(report: Report) -> list[str]:
+    """Which parts were captured, and what stopped the rest, of a model that is captured in parts."""
+    if not report["parts"]:
+        return []
+    paths = report["parts"]["captured"]
+    more = f" and {len(paths) - 8} more" if len(paths) > 8 else ""
+    return [
+        f"Captured in parts: {', '.join(paths[:8])}{more}. The rest, {_short(report['parts']['parameters_outside'])} "
+        f"parameters, runs as it is: {report['parts']['stopped']['']}."
     ]
 
 

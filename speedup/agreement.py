@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from speedup import numeric
-from speedup.capture import evaluating
 from speedup.errors import ExportError, first_line
 from speedup.inputs import ExampleInputs, describe, split_inputs, with_batch
+from speedup.program import evaluating
 
 TOLERANCE = 1e-4
 """Largest difference allowed, relative to the largest value of an output."""

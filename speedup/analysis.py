@@ -15,7 +15,7 @@ from speedup.classes import Classes, solve
 from speedup.flow import Flow, Pin
 from speedup.labels import Index, Labels, Mask, Plane, support
 from speedup.rules import Call, Rule, rule_for
-from speedup.rules.call import hint, sizes, symbolic_dims
+from speedup.symbolic import hint, sizes, symbolic_dims
 
 aten = torch.ops.aten
 _GROUPED = frozenset(
@@ -101,17 +101,21 @@ def analyse(captured: Captured) -> Analysis:
     flow = Flow()
     names = tensor_names(captured.graph_module, *filter(None, [captured.training]))
     parameters: dict[str, Labels] = {}
-    labels, unknown = _labelled(flow, captured.graph_module, names, parameters)
+    end = "is an output of the model" if captured.parts is None else "leaves a part that could be captured"
+    labels, unknown = _labelled(flow, captured.graph_module, names, parameters, end)
     if captured.training is not None:
         flow.training = True
-        _labelled(flow, captured.training, names, parameters)
+        _labelled(flow, captured.training, names, parameters, end)
     return Analysis(captured, labels, parameters, names, solve(flow), tuple(unknown))
 
 
 def _labelled(
-    flow: Flow, graph_module: fx.GraphModule, names: Mapping[str, str], parameters: dict[str, Labels]
+    flow: Flow, graph_module: fx.GraphModule, names: Mapping[str, str], parameters: dict[str, Labels], end: str
 ) -> tuple[dict[str, Any], list[fx.Node]]:
-    """Returns the labels of every node of a graph, and the nodes without a rule; adds the ``parameters`` it meets."""
+    """Returns the labels of every node of a graph, and the nodes without a rule; adds the ``parameters`` it meets.
+
+    What is returned is pinned, with the reason ``end``.
+    """
     nodes = list(graph_module.graph.nodes)
     joint = _joint_parameters(nodes, names)
     labels: dict[str, Any] = {}
@@ -130,7 +134,7 @@ def _labelled(
             labels[node.name] = Labels(sizes(value)) if isinstance(value, Tensor) else hint(value)
         elif node.op == "output":
             for tensor in _tensors(fx.node.map_arg(node.args, lambda n: labels[n.name])):
-                flow.pin_all(tensor, "is an output of the model")
+                flow.pin_all(tensor, end)
         elif node.target is operator.getitem and isinstance(labels[str(node.args[0])], list | tuple):
             labels[node.name] = labels[node.args[0].name][node.args[1]]
         elif not isinstance(node.meta.get("val"), Tensor | list | tuple):

@@ -20,9 +20,9 @@ from torch.onnx.errors import OnnxExporterError
 from torch.utils import _pytree as pytree
 
 from speedup.agreement import TOLERANCE, Agreement, compare, tensors, weights
-from speedup.capture import evaluating, quiet, to_program
 from speedup.errors import ExportError, SpeedupError, first_line
 from speedup.inputs import ExampleInputs, attempts, batch_size, carries_batch, split_inputs
+from speedup.program import evaluating, quiet, to_program
 from speedup.session import NUMPY_TYPES, ORT_ERRORS, NoKernel, one_line, open_session
 
 OPSETS = range(18, 26)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from speedup.analysis import Analysis, analyse
-from speedup.capture import Captured, attribute, capture, evaluating
+from speedup.capture import Captured, attribute, capture
 from speedup.cut import shrink_graph
 from speedup.errors import PlanError
 from speedup.inputs import ExampleInputs
@@ -17,6 +17,7 @@ from speedup.labels import Index, Mask, support
 from speedup.numeric import relative_difference
 from speedup.plan import ShrinkPlan
 from speedup.planning import make_plan
+from speedup.program import evaluating
 from speedup.proof import Proof, prove
 from speedup.shrink import shrink
 
@@ -111,7 +112,7 @@ def _output_difference(dense: nn.Module, small: nn.Module, captured: Captured) -
     """How far the outputs of two models are apart on the example inputs."""
     with evaluating(dense, small), torch.no_grad():
         outputs = [
-            pytree.tree_leaves(model(*copy.deepcopy(captured.args), **copy.deepcopy(captured.kwargs)))
+            pytree.tree_leaves(captured.entry(model)(*copy.deepcopy(captured.args), **copy.deepcopy(captured.kwargs)))
             for model in (dense, small)
         ]
     pairs = [(one, other) for one, other in zip(*outputs, strict=True) if isinstance(one, Tensor)]

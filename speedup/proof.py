@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from speedup.analysis import Analysis, analyse, tensor_names
-from speedup.capture import attribute, capture, evaluating, source_line
+from speedup.capture import attribute, capture, source_line
 from speedup.cut import ShrunkGraph, shrink_graph
 from speedup.errors import ProofError, first_line
 from speedup.inputs import ExampleInputs, batch_size
@@ -22,6 +22,7 @@ from speedup.masked import MASKED, execute
 from speedup.numeric import perturbed, relative_difference, varied
 from speedup.plan import ShrinkPlan
 from speedup.planning import live_from_keep
+from speedup.program import evaluating
 from speedup.rules import rule_for
 
 aten = torch.ops.aten

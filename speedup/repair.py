@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from speedup.capture import Captured, evaluating
+from speedup.capture import Captured
 from speedup.inputs import batch_size
 from speedup.plan import Scaled, ShrinkPlan
+from speedup.program import evaluating
 from speedup.rules.call import raw_argument
 
 

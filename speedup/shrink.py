@@ -13,12 +13,13 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
 from speedup.analysis import tensor_names
-from speedup.capture import Captured, attribute, captured_from, evaluating, quiet, to_program
+from speedup.capture import Captured, attribute, captured_from
 from speedup.cut import ShrunkGraph, shrink_graph
-from speedup.errors import first_line
+from speedup.errors import PlanError, first_line
 from speedup.inputs import with_batch
 from speedup.numeric import perturbed, relative_difference, varied
 from speedup.plan import ShrinkPlan
+from speedup.program import evaluating, quiet, to_program
 from speedup.repair import Repair, fewest, find_repairs, repaired
 from speedup.replay import first_difference
 
@@ -53,8 +54,8 @@ def shrink(captured: Captured, plan: ShrinkPlan) -> Shrunk:
     obstacles: list[str | None] = []
 
     def fits(repairs: tuple[Repair, ...]) -> bool:
-        module = repaired(captured.model, swaps, repairs)
-        obstacles.append(difference(module, graph, captured) or _training_error(module, captured))
+        entry = captured.entry(repaired(captured.model, swaps, repairs))
+        obstacles.append(difference(entry, graph, captured) or _training_error(entry, captured))
         return obstacles[-1] is None
 
     repairs = fewest(find_repairs(captured, plan), fits)
@@ -64,25 +65,30 @@ def shrink(captured: Captured, plan: ShrinkPlan) -> Shrunk:
         measured = repairs + _bare_norms(module, captured)
         if measured != repairs:
             module = repaired(captured.model, swaps, measured)
-        obstacle = _other_calls(module, graph, captured)
+        obstacle = _other_calls(captured.entry(module), graph, captured)
         if not obstacle:
             return Shrunk(module, graph, measured, None)
+    if captured.parts is not None:
+        raise PlanError(
+            f"{obstacle}: this code does not fit its smaller tensors, and a model that is captured in parts has no "
+            "other. Exclude the module that it belongs to."
+        )
     graph.train(captured.model.training)
     return Shrunk(graph, graph, (), obstacle)
 
 
-def _other_calls(module: nn.Module, graph: ShrunkGraph, captured: Captured) -> str:
-    """Where the graph of ``module``, captured again, does something else than ``graph``; empty if nowhere."""
+def _other_calls(entry: nn.Module, graph: ShrunkGraph, captured: Captured) -> str:
+    """Where the graph of ``entry``, captured again, does something else than ``graph``; empty if nowhere."""
     args, kwargs = captured.args, captured.kwargs
-    with evaluating(module), quiet():
+    with evaluating(entry), quiet():
         try:
             with torch.no_grad():
-                module(*copy.deepcopy(args), **copy.deepcopy(kwargs))  # what it makes once and keeps is made now
-            program = to_program(module, args, kwargs, dynamic=captured.fixed_batch is None)
+                entry(*copy.deepcopy(args), **copy.deepcopy(kwargs))  # what it makes once and keeps is made now
+            program = to_program(entry, args, kwargs, dynamic=captured.fixed_batch is None)
         except Exception as error:  # noqa: BLE001  # whatever the user's code raises
             return f"{_last_line_of(error)}: {first_line(error)}"
-        again = captured_from(program, module).graph_module
-    owned = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        again = captured_from(program, entry).graph_module
+    owned = {id(tensor) for tensor in (*entry.parameters(), *entry.buffers())}
     return first_difference(graph, again, captured.flat_inputs(), batches=captured.batches, owned=owned)
 
 
@@ -96,12 +102,12 @@ def _swaps(captured: Captured, plan: ShrinkPlan, graph: ShrunkGraph) -> dict[int
     return swaps
 
 
-def _training_error(module: nn.Module, captured: Captured) -> str | None:
-    """How ``module`` fails in training mode where that computes more and the original does not; None if it does not."""
+def _training_error(entry: nn.Module, captured: Captured) -> str | None:
+    """How ``entry`` fails in training mode where that computes more and the original does not; None if it does not."""
     if not captured.unused:
         return None
-    error = _raised_in_training(module, captured)
-    if error is None or _raised_in_training(captured.model, captured) is not None:
+    error = _raised_in_training(entry, captured)
+    if error is None or _raised_in_training(captured.entry(captured.model), captured) is not None:
         return None
     return f"{_last_line_of(error)}: {first_line(error)}"
 
@@ -129,7 +135,7 @@ def _bare_norms(module: nn.Module, captured: Captured) -> tuple[Repair, ...]:
     hooks = [norm.register_forward_pre_hook(partial(note, name)) for name, norm in norms.items()]
     if hooks:
         with evaluating(module), torch.no_grad(), quiet():
-            module(*copy.deepcopy(captured.args), **copy.deepcopy(captured.kwargs))
+            captured.entry(module)(*copy.deepcopy(captured.args), **copy.deepcopy(captured.kwargs))
     for hook in hooks:
         hook.remove()
     return tuple(found.values())

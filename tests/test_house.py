@@ -27,7 +27,7 @@ HOMES = {
     "onnxruntime": {"speedup/export.py", "speedup/probe.py", "speedup/session.py"},
     "onnxscript": {"speedup/export.py"},
     "torch.onnx": {"speedup/export.py"},
-    "torch.export": {"graphprune/archive.py", "speedup/capture.py", "speedup/export.py"},
+    "torch.export": {"graphprune/archive.py", "speedup/capture.py", "speedup/export.py", "speedup/program.py"},
     "rich": {"graphprune/cli.py", "graphprune/progress.py", "graphprune/tables.py"},
     "typer": {"graphprune/cli.py"},
     "safetensors": {"graphprune/weights.py"},

@@ -5,10 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
-from speedup.errors import CaptureError
 from speedup.flow import Flow
 from speedup.labels import Labels
 
@@ -95,35 +93,6 @@ def raw_argument(node: fx.Node, name: str) -> Any:
                 return node.kwargs[name]
             return node.args[position] if position < len(node.args) else argument.default_value
     return None
-
-
-def hint(value: Any) -> Any:
-    """``value``, a symbolic number replaced by the one it has in the example; None if that depends on the data."""
-    if not isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
-        return value
-    if value.node.has_hint():
-        return value.node.hint
-    return value.node.maybe_as_int()
-
-
-def sizes(tensor: Tensor) -> tuple[int, ...]:
-    """The shape of a (fake) tensor with the batch of the example.
-
-    Raises:
-        CaptureError: A size is known only when the data are.
-    """
-    shape = tuple(hint(size) for size in tensor.shape)
-    if None in shape:
-        raise CaptureError(
-            f"{tuple(tensor.shape)}: the model makes a tensor whose size depends on its data. "
-            "Select with torch.where instead of boolean masks and nonzero(), or prune a submodule."
-        )
-    return shape
-
-
-def symbolic_dims(tensor: Tensor) -> frozenset[int]:
-    """The dimensions of a fake tensor whose size depends on the batch."""
-    return frozenset(dim for dim, size in enumerate(tensor.shape) if isinstance(size, torch.SymInt))
 
 
 def numel(shape: Sequence[int]) -> int:

@@ -1,0 +1,211 @@
+"""A model that cannot be captured whole: its largest submodules that can, side by side in one graph.
+
+Where ``torch.export`` refuses a model (control flow that depends on data, operators that it cannot follow), most of it
+is mostly harmless all the same. The submodules are tried from the outside in, each with the inputs that it really
+receives when the model runs on the example. What can be captured becomes a part; :class:`InParts` runs all of them, and
+is captured in the place of the model. Everything that crosses a border is input or output of that graph, so it stays.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from speedup.errors import CaptureError, first_line
+from speedup.program import to_program
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+MOST_CALLS = 8
+"""Calls of a part that are captured: of each that differs in shapes the first, up to so many."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How a model is captured that cannot be whole.
+
+    Attributes:
+        paths: The submodule of each call, by qualified name; a submodule that is called in several ways comes again.
+        calls: The inputs of each call.
+        shared: Tensors of the parts that other code of the model uses as well: they stay as they are.
+        stopped: Why each submodule that was tried is no part, in one line; the model itself is "".
+    """
+
+    paths: tuple[str, ...]
+    calls: tuple[Inputs, ...]
+    shared: tuple[str, ...]
+    stopped: Mapping[str, str]
+
+    def entry(self, model: nn.Module) -> nn.Module:
+        """Returns the module that runs these parts of ``model``."""
+        return InParts(model, self.paths, self.shared)
+
+    def outside(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Returns the parameters of ``model`` that are in no part, by name."""
+        inside = _inside(self.paths)
+        return {name: parameter for name, parameter in model.named_parameters() if not inside(name)}
+
+
+class InParts(nn.Module):
+    """Runs parts of a model one after another, each on inputs of its own; its tensors are those of the model."""
+
+    def __init__(self, model: nn.Module, paths: Sequence[str], shared: Sequence[str]) -> None:
+        super().__init__()
+        for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            vars(self)[kind] = vars(model)[kind]
+        self.training = model.training
+        self._paths, self._shared = tuple(paths), tuple(shared)
+
+    def forward(self, *calls: Inputs) -> tuple[list[Any], list[Tensor]]:
+        """What each part returns, and the tensors that are used outside of the parts."""
+        results = [
+            self.get_submodule(path)(*args, **kwargs) for path, (args, kwargs) in zip(self._paths, calls, strict=True)
+        ]
+        held = dict(self.named_parameters(remove_duplicate=False)) | dict(self.named_buffers(remove_duplicate=False))
+        return results, [held[name].clone() for name in self._shared]
+
+
+def find_parts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], refusal: str) -> Parts | None:
+    """Returns the largest submodules of ``model`` that can be captured; None where there are none.
+
+    Args:
+        model: A model that cannot be captured whole, in the mode in which it is wanted.
+        args: Positional example inputs.
+        kwargs: Keyword example inputs.
+        refusal: Why the model cannot be captured whole.
+    """
+    found: dict[str, list[Inputs]] = {}
+    stopped = {"": refusal}
+    level = _children(model, [""])
+    while level:
+        received = _received(model, args, kwargs, level)
+        refused = []
+        for path in level:
+            module = model.get_submodule(path)
+            if next(module.parameters(), None) is None:
+                continue
+            reason = _refusal(module, received[path])
+            if reason is None:
+                found[path] = received[path]
+                continue
+            refused.append(path)
+            stopped[path] = reason
+        level = _children(model, refused)
+    if not found:
+        return None
+    calls = [(path, call) for path, inputs in found.items() for call in inputs]
+    paths, inputs = zip(*calls, strict=True)
+    shared = _shared(model, args, kwargs, tuple(found))
+    return Parts(paths, inputs, shared, {path: why for path, why in stopped.items() if why})
+
+
+def _inside(paths: Iterable[str]) -> Callable[[str], bool]:
+    """Returns whether a tensor of that name is in one of the parts."""
+    prefixes = tuple(f"{path}." for path in paths)
+    return lambda name: name.startswith(prefixes)
+
+
+def _children(model: nn.Module, paths: Iterable[str]) -> list[str]:
+    return [f"{path}.{name}".lstrip(".") for path in paths for name, _ in model.get_submodule(path).named_children()]
+
+
+def _refusal(module: nn.Module, calls: Sequence[Inputs]) -> str | None:
+    """Why a submodule cannot be captured with what it receives: empty if that is never called, None if it can be."""
+    if not calls:
+        return ""
+    try:
+        for args, kwargs in calls:
+            to_program(module, args, kwargs, dynamic=False)
+    except CaptureError as error:
+        return first_line(error.__cause__ or error)
+    return None
+
+
+def _received(model: nn.Module, args: Any, kwargs: Any, paths: Sequence[str]) -> dict[str, list[Inputs]]:
+    """The inputs of the submodules ``paths`` while the model runs, of calls with the same shapes the first."""
+    received: dict[str, dict[str, Inputs]] = {path: {} for path in paths}
+
+    def note(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            if len(received[path]) < MOST_CALLS:
+                received[path].setdefault(_signature((inputs, named)), _copied((inputs, named)))
+
+        return hook
+
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(note(path), with_kwargs=True, prepend=True)
+        for path in paths
+    ]
+    with _released(handles), torch.no_grad():
+        model(*_copied(args), **_copied(kwargs))
+    return {path: list(calls.values()) for path, calls in received.items()}
+
+
+def _signature(inputs: Any) -> str:
+    leaves, structure = pytree.tree_flatten(inputs)
+    return str(structure) + ";".join(f"{x.dtype}{tuple(x.shape)}" if isinstance(x, Tensor) else repr(x) for x in leaves)
+
+
+def _copied(inputs: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), inputs)
+
+
+@contextmanager
+def _released(handles: Sequence[Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class _Watch(TorchFunctionMode):
+    """Notes which tensors are used while no part runs."""
+
+    names: Mapping[int, str]
+    depth: int = 0
+    seen: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.depth and getattr(func, "__self__", None) not in _ABOUT:
+            leaves = pytree.tree_leaves((args, kwargs or {}))
+            self.seen.update(self.names[id(leaf)] for leaf in leaves if id(leaf) in self.names)
+        return func(*args, **(kwargs or {}))
+
+
+_ABOUT = (Tensor.dtype, Tensor.device, Tensor.is_cuda, Tensor.requires_grad, Tensor.layout)
+"""What may be asked of a tensor that becomes smaller."""
+
+
+def _shared(model: nn.Module, args: Any, kwargs: Any, paths: Sequence[str]) -> tuple[str, ...]:
+    """The tensors of the parts that the model uses while none of them runs, or holds outside of them as well."""
+    inside = _inside(paths)
+    held = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    names = {id(tensor): name for name, tensor in held if inside(name)}
+    tied = {names[id(tensor)] for name, tensor in held if id(tensor) in names and not inside(name)}
+    watch = _Watch(names)
+
+    def enter(*_: Any) -> None:
+        watch.depth += 1
+
+    def leave(*_: Any) -> None:
+        watch.depth -= 1
+
+    handles = []
+    for path in paths:
+        module = model.get_submodule(path)
+        handles += [
+            module.register_forward_pre_hook(enter, prepend=True),
+            module.register_forward_hook(leave, always_call=True),
+        ]
+    with _released(handles), torch.no_grad(), watch:
+        model(*_copied(args), **_copied(kwargs))
+    return tuple(sorted(watch.seen | tied))

@@ -1,0 +1,148 @@
+"""What ``torch.export`` makes of a module: a program, without a word to the user of what goes on inside."""
+
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.amp import autocast_mode
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.utils import _pytree as pytree
+
+from speedup.errors import CaptureError, first_line
+from speedup.inputs import batch_size, carries_batch
+from speedup.symbolic import depends_on_data
+
+
+def to_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, dynamic: bool) -> ExportedProgram:
+    """Returns ``model`` as a program of ``torch.export``; if ``dynamic``, no input's batch is a constant in it.
+
+    Args:
+        model: The model, in the mode in which it is wanted.
+        args: Positional inputs, for a dynamic batch with one of two or more.
+        kwargs: Keyword inputs, likewise.
+        dynamic: Whether the first dimension of every tensor that carries the batch is left open.
+
+    Raises:
+        CaptureError: ``torch.export`` cannot capture the model whole, or not with an open batch.
+    """
+    name = type(model).__name__
+    # One tensor that is given twice would become one input.
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+    batch = batch_size((args, kwargs))
+    parameters = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    shapes = pytree.tree_map(lambda leaf: {0: Dim.AUTO} if carries_batch(leaf, batch) else None, parameters)
+    try:
+        with quiet():
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes if dynamic else None, strict=False)
+    except Exception as error:  # torch.export has no common error class
+        raise CaptureError(
+            f"{name}: torch.export cannot capture it whole ({first_line(error)}). "
+            "Remove control flow that depends on data, or prune a submodule."
+        ) from error
+    for node in program.graph.nodes:
+        for value in pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(value, Tensor) and depends_on_data(value):
+                raise CaptureError(
+                    f"{name}: makes a tensor of shape {tuple(value.shape)}, whose size depends on the data. "
+                    "Select with torch.where instead of boolean masks and nonzero(), or prune a submodule."
+                )
+    values = {node.name: node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")}
+    inputs = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    for place, leaf in zip(inputs, pytree.tree_leaves((args, kwargs)), strict=True):
+        # AUTO makes a constant of a batch that the code turns into a number, and says nothing.
+        if dynamic and carries_batch(leaf, batch) and is_concrete_int(values[place].shape[0]):
+            raise CaptureError(f"{name}: its code makes a number of the batch of {place}. Leave it a size.")
+    return program
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Puts ``models`` into eval mode; afterwards they are what they were: modes, attributes, contents of buffers."""
+    modules = [module for model in models for module in model.modules()]
+    attributes = [(module, dict(vars(module))) for module in modules]
+    was_training = [(model, model.training) for model in models]
+    buffers = [(module, name, buffer) for module in modules for name, buffer in module.named_buffers(recurse=False)]
+    contents = [(buffer._version, buffer.detach().clone()) for _, _, buffer in buffers]
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    try:
+        for model in models:
+            model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer hides its structure
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for model, mode in was_training:
+            model.train(mode)  # which may do more than set the attribute
+        for module, before in attributes:
+            vars(module).clear()
+            vars(module).update(before)
+        for (module, name, buffer), (edition, content) in zip(buffers, contents, strict=True):
+            module._buffers[name] = buffer
+            if buffer._version != edition:
+                buffer.data.copy_(content)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps from the user what torch prints, logs and warns of on its own internals; what matters is raised."""
+    before = logging.root.manager.disable
+    logging.disable()
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+_REGIONS = (torch.ops.higher_order.wrap_with_set_grad_enabled, torch.ops.higher_order.wrap_with_autocast)
+"""The operators that ``torch.export`` makes of a ``with torch.no_grad()`` or ``with torch.autocast()`` in a forward."""
+
+
+def normalise(graph_module: fx.GraphModule) -> None:
+    """Makes views reshapes (whether a view is possible depends on type and device) and puts regions into the graph."""
+    for node in list(graph_module.graph.nodes):
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
+        elif node.target in _REGIONS:
+            _inline(graph_module, node)
+
+
+def _inline(graph_module: fx.GraphModule, region: fx.Node) -> None:
+    """Puts the nodes of a region into the graph, between calls that enter and leave its mode."""
+    place = next(i for i, argument in enumerate(region.args) if isinstance(argument, fx.Node))
+    settings, body, operands = region.args[:place], region.args[place], region.args[place + 1 :]
+    assert isinstance(body, fx.Node)
+    inner = graph_module.get_submodule(str(body.target))
+    assert isinstance(inner, fx.GraphModule)
+    normalise(inner)
+    graph = graph_module.graph
+    copies: dict[fx.Node, Any] = dict(zip(inner.graph.find_nodes(op="placeholder"), operands, strict=True))
+    with graph.inserting_before(region):
+        if region.target is _REGIONS[0]:
+            before = graph.call_function(torch.is_grad_enabled)
+            graph.call_function(torch._C._set_grad_enabled, settings)
+        else:
+            before = graph.call_function(autocast_mode._enter_autocast, settings)
+        for node in inner.graph.nodes:
+            if node.op == "output":
+                results = fx.node.map_arg(node.args[0], lambda n: copies[n])
+            elif node.op != "placeholder":
+                copies[node] = graph.node_copy(node, lambda n: copies[n])
+        leave = torch._C._set_grad_enabled if region.target is _REGIONS[0] else autocast_mode._exit_autocast
+        graph.call_function(leave, (before,))
+    for user in list(region.users):
+        user.replace_all_uses_with(results[user.args[1]])
+        graph.erase_node(user)
+    graph.erase_node(region)
+    if not body.users:
+        graph.erase_node(body)
+        graph_module.delete_submodule(str(body.target))

@@ -1,0 +1,248 @@
+"""Models that torch.export cannot capture whole: what of them is captured, and that the rest goes on as it was."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from test_rules import conv
+from torch import Tensor, nn
+
+import graphprune
+from graphprune.archive import read_program
+from graphprune.audit import audit
+from graphprune.compress import Result, compress
+from graphprune.config import Request
+from graphprune.deliver import deliver
+from graphprune.source import Source
+from speedup.capture import capture
+from speedup.errors import CaptureError, PlanError
+
+pytestmark = pytest.mark.usefixtures("quiet_and_quick")
+
+
+def tower(width: int = 16) -> nn.Sequential:
+    return nn.Sequential(conv(3, width), nn.BatchNorm2d(width), nn.ReLU(), conv(width, 8))
+
+
+def head_like() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))
+
+
+class Detector(nn.Module):
+    """A tower; the pixels above a threshold, however many, go through a head, in as many rounds as they ask for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = tower()
+        self.head = head_like()
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.tower(x) * self.scale[:, None, None]
+        rows = y.permute(0, 2, 3, 1)[y.mean(1) > 0]
+        while rows.abs().max() > 0.1:
+            rows = self.head(rows) / 4
+        return rows
+
+
+def shrunk(model: nn.Module, size: int = 8, **options: object) -> Result:
+    torch.manual_seed(0)
+    return compress(model.eval(), torch.randn(2, 3, size, size), 0.5, round_to=1, **options)
+
+
+def kept(result: Result, name: str) -> tuple[int, ...]:
+    return tuple(result.model.get_parameter(name).shape)
+
+
+def masked(model: nn.Module, result: Result) -> nn.Module:
+    """The original with everything that was removed set to zero: every removed channel of these nets is then silent."""
+    twin = copy.deepcopy(model)
+    for axis, indices in result.plan.keep.items():
+        tensor = twin.get_parameter(axis.tensor) if axis.tensor in dict(twin.named_parameters()) else None
+        if tensor is not None:
+            gone = torch.ones(tensor.shape[axis.dim], dtype=torch.bool)
+            gone[torch.as_tensor(indices)] = False
+            tensor.data.index_fill_(axis.dim, gone.nonzero()[:, 0], 0.0)
+    return twin
+
+
+def test_the_largest_submodules_that_can_be_captured_are_parts() -> None:
+    model = Detector()
+    result = shrunk(model)
+    report = result.report["parts"]
+    assert report["captured"] == ["tower", "head"]
+    assert list(report["stopped"]) == [""] and "data-dependent" in report["stopped"][""].lower()
+    assert report["parameters_outside"] == 8 and report["used_outside"] == []
+    assert type(result.model) is Detector
+    assert kept(result, "tower.0.weight") == (8, 3, 3, 3)
+    assert kept(result, "tower.3.weight") == (8, 8, 3, 3)
+    assert kept(result, "head.0.weight") == (6, 8)
+    assert kept(result, "head.2.weight") == (8, 6)
+    reasons = {pinned["reason"] for pinned in result.report["pinned"]}
+    assert "leaves a part that could be captured (output)" in reasons
+
+
+def test_the_whole_model_equals_the_masked_one_on_other_data_and_sizes() -> None:
+    model = Detector().eval()
+    result = shrunk(model)
+    twin = masked(model, result)
+    for size in (8, 13):
+        x = torch.randn(3, 3, size, size)
+        with torch.no_grad():
+            assert torch.allclose(result.model(x), twin(x), atol=1e-6)
+            assert not torch.allclose(model(x)[:4], twin(x)[:4], atol=1e-6)
+
+
+def test_the_model_is_left_as_it_was_and_has_no_hooks() -> None:
+    model = Detector().train()
+    before = copy.deepcopy(model.state_dict())
+    result = compress(model, torch.randn(2, 3, 8, 8), 0.5, round_to=1)
+    assert model.training and model.tower.training and result.model.training
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    result.model.tower(torch.randn(2, 3, 8, 8)).sum().backward()
+
+
+class Reader(Detector):
+    """Code outside of the parts reads a weight of one of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y * self.head[0].weight.norm(dim=1).sum()
+
+
+class Tied(Detector):
+    """A tensor of a part is held outside of it as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = self.head[0].bias
+
+
+@pytest.mark.parametrize(("build", "name"), [(Reader, "head.0.weight"), (Tied, "head.0.bias")])
+def test_tensors_that_are_used_outside_of_their_part_stay(build: type[Detector], name: str) -> None:
+    result = shrunk(build())
+    assert result.report["parts"]["used_outside"] == [name]
+    assert kept(result, "head.0.weight") == (12, 8)
+    assert kept(result, "tower.0.weight") == (8, 3, 3, 3)
+
+
+class Caller(Detector):
+    """A layer of a part is called by the rest, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.tower[0](x).sum()
+
+
+def test_layers_that_the_rest_calls_as_well_stay() -> None:
+    result = shrunk(Caller())
+    assert kept(result, "tower.0.weight") == (16, 3, 3, 3)
+    assert kept(result, "head.0.weight") == (6, 8)
+
+
+class Nested(nn.Module):
+    """The refusal is deep inside: what surrounds it is captured layer by layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = tower()
+        self.body = nn.ModuleList([nn.ModuleDict({"first": conv(8, 8), "work": head_like()}) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.body:
+            x = block["first"](x)
+            if x.sum() > 0:
+                x = x + 1
+            x = x + block["work"](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return x
+
+
+def test_containers_are_searched_and_borders_are_pinned() -> None:
+    result = shrunk(Nested())
+    assert result.report["parts"]["captured"] == ["stem", "body.0.first", "body.0.work", "body.1.first", "body.1.work"]
+    assert kept(result, "body.1.work.0.weight") == (6, 8)
+    assert kept(result, "body.1.first.weight") == (8, 8, 3, 3)
+
+
+class Pyramid(Detector):
+    """One head, called with several sizes."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        levels = [self.tower(x), self.tower(nn.functional.avg_pool2d(x, 2))]
+        return [level[level.mean((1, 2, 3)) > 0] for level in levels]
+
+
+def test_a_part_that_is_called_with_several_sizes_is_proven_at_each() -> None:
+    result = shrunk(Pyramid())
+    captured = result.dependencies.analysis.captured
+    assert captured.parts is not None and captured.parts.paths == ("tower", "tower")
+    assert result.report["parts"]["captured"] == ["tower"]
+    assert kept(result, "tower.0.weight") == (8, 3, 3, 3)
+
+
+class Stubborn(nn.Module):
+    """A part whose Python repeats a size that no attribute holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.work = Literal()
+        self.head = head_like()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.work(x)
+        return self.head(y.permute(0, 2, 3, 1)[y.mean(1) > 0])
+
+
+class Literal(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = conv(3, 16), conv(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x)
+        return self.two(y.reshape(len(y), 16, -1).relu().reshape(y.shape))
+
+
+def test_code_that_does_not_fit_is_named() -> None:
+    with pytest.raises(PlanError, match=r"test_parts.py:\d+: .*captured in parts.* Exclude the module"):
+        shrunk(Stubborn())
+    assert kept(shrunk(Stubborn(), exclude="work"), "head.0.weight") == (6, 8)
+
+
+class Hopeless(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[x.mean((1, 2, 3)) > 0] * self.weight[:, None, None]
+
+
+def test_a_model_of_which_nothing_can_be_captured_is_refused() -> None:
+    with pytest.raises(CaptureError, match=r"^Hopeless: "):
+        capture(Hopeless(), torch.randn(2, 3, 8, 8))
+
+
+def test_a_folder_of_a_model_in_parts_is_whole(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source = Source("detector", "detector.py", Detector().eval(), torch.randn(2, 3, 8, 8), None)
+    delivery = deliver(source, tmp_path / "out", Request.of(round_to=1), limits=None)
+    assert delivery.report["exports"]["model.onnx"]["checked"]
+    assert [finding.subject for finding in audit(tmp_path / "out", lambda name: None)][-1] == "report.json"
+    program = read_program(tmp_path / "out" / "dense.pt2")
+    assert "scale" in program.state_dict
+    again = graphprune.load(tmp_path / "out", Detector().eval())
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(again(x), delivery.result.model(x))
+
+
+def test_a_submodule_that_is_named_like_a_word_of_python_is_refused() -> None:
+    model = nn.Sequential(nn.ModuleDict({"in": conv(3, 4)}))
+    model.forward = lambda x: model[0]["in"](x)  # type: ignore[method-assign]
+    with pytest.raises(
+        CaptureError, match=r"\.in\..*: a submodule is named like a word of Python\. Give it another name\.$"
+    ):
+        capture(model.eval(), torch.randn(2, 3, 8, 8))
