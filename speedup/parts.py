@@ -88,9 +88,10 @@ def find_parts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
             module = model.get_submodule(path)
             if next(module.parameters(), None) is None:
                 continue
-            reason = _refusal(module, received[path])
+            calls = [call for call in received[path] if not _is_empty(call)]
+            reason = _EMPTY if received[path] and not calls else _refusal(module, calls)
             if reason is None:
-                found[path] = received[path]
+                found[path] = calls
                 continue
             refused.append(path)
             stopped[path] = reason
@@ -107,6 +108,13 @@ def _inside(paths: Iterable[str]) -> Callable[[str], bool]:
     """Returns whether a tensor of that name is in one of the parts."""
     prefixes = tuple(f"{path}." for path in paths)
     return lambda name: name.startswith(prefixes)
+
+
+_EMPTY = "receives empty tensors on the example inputs, so that nothing could be compared"
+
+
+def _is_empty(inputs: Inputs) -> bool:
+    return any(isinstance(leaf, Tensor) and not leaf.numel() for leaf in pytree.tree_leaves(inputs))
 
 
 def _children(model: nn.Module, paths: Iterable[str]) -> list[str]:
