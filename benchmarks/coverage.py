@@ -100,7 +100,7 @@ def _compressed(model: Any, example: Any) -> dict[str, Any]:
     sizes = [report["params"][key] + (parts["parameters_outside"] if parts else 0) for key in ("dense", "shrunk")]
     form = {"module": "own class", "graph": f"graph: {_short(str(report['result']['obstacle']))}"}
     return {
-        "captured": f"in parts: {', '.join(parts['captured'])} ({parts['stopped']['']})" if parts else "whole",
+        "captured": f"in parts: {', '.join(parts['captured'])} ({_bare(parts['stopped'][''])})" if parts else "whole",
         "groups": str(len(result.dependencies.prunable)),
         "pinned": _reasons(pin["reason"] for pin in report["pinned"]),
         "kept": f"{sizes[1] / sizes[0]:.1%}",
@@ -113,6 +113,13 @@ def _compressed(model: Any, example: Any) -> dict[str, Any]:
 def _reasons(reasons: Iterable[str | None]) -> str:
     counts = Counter(reason.partition(" (")[0] for reason in reasons if reason)
     return "; ".join(f"{count} {reason}" for reason, count in counts.most_common())
+
+
+def _bare(refusal: str) -> str:
+    """What stopped torch.export, without the path of the file."""
+    fact = refusal.partition("(")[2].rpartition(")")[0]
+    words, at, place = fact.partition(", at ")
+    return f"{words}{at}{Path(place).name}"
 
 
 def _short(obstacle: str) -> str:

@@ -196,6 +196,10 @@ def _matching(names: list[str], patterns: tuple[str, ...]) -> set[str]:
 def _check_something_goes(dependencies: DependencyGraph, selection: Selection, request: Request) -> None:
     if request.sparsity == 0 or not bool(np.all(selection.live)):
         return
+    parts = dependencies.analysis.captured.parts
+    if parts is not None:
+        named = ", ".join(dict.fromkeys(parts.paths))
+        raise ModelError(f"model: nothing can be pruned in what can be captured of it ({named}). {parts.stopped['']}")
     notes = [(choice.group.pin is None, choice.note) for choice in selection.choices if choice.note]
     reasons = [note for free, note in notes if free] or [note for _, note in notes if "kernel" not in note]
     why = max(dict.fromkeys(reasons), key=reasons.count) if reasons else "it has no channels that could go"

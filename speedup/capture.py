@@ -112,7 +112,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Captured:
         try:
             captured = _captured(model, model, args, kwargs)
         except CaptureError as error:
-            parts = find_parts(model, args, kwargs, first_line(error.__cause__ or error))
+            parts = find_parts(model, args, kwargs, str(error))
             if parts is None:
                 raise
             captured = replace(_captured(model, parts.entry(model), parts.calls, {}), parts=parts)

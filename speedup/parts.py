@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from speedup.errors import CaptureError, first_line
+from speedup.errors import CaptureError
 from speedup.program import to_program
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -88,10 +88,10 @@ def find_parts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
             module = model.get_submodule(path)
             if next(module.parameters(), None) is None:
                 continue
-            calls = [call for call in received[path] if not _is_empty(call)]
-            reason = _EMPTY if received[path] and not calls else _refusal(module, calls)
+            full = [call for call in received[path] if not _is_empty(call)]
+            reason = _EMPTY if received[path] and not full else _refusal(module, full)
             if reason is None:
-                found[path] = calls
+                found[path] = full
                 continue
             refused.append(path)
             stopped[path] = reason
@@ -129,7 +129,7 @@ def _refusal(module: nn.Module, calls: Sequence[Inputs]) -> str | None:
         for args, kwargs in calls:
             to_program(module, args, kwargs, dynamic=False)
     except CaptureError as error:
-        return first_line(error.__cause__ or error)
+        return str(error)
     return None
 
 

@@ -3,6 +3,7 @@
 import inspect
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -13,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.amp import autocast_mode
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, is_concrete_int
 from torch.utils import _pytree as pytree
 
 from speedup.errors import CaptureError, first_line
@@ -44,7 +45,7 @@ def to_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes if dynamic else None, strict=False)
     except Exception as error:  # torch.export has no common error class
         raise CaptureError(
-            f"{name}: torch.export cannot capture it whole ({first_line(error)}). "
+            f"{name}: torch.export cannot capture it whole ({_fact(error)}). "
             "Remove control flow that depends on data, or prune a submodule."
         ) from error
     for node in program.graph.nodes:
@@ -61,6 +62,14 @@ def to_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         if dynamic and carries_batch(leaf, batch) and is_concrete_int(values[place].shape[0]):
             raise CaptureError(f"{name}: its code makes a number of the batch of {place}. Leave it a size.")
     return program
+
+
+def _fact(error: Exception) -> str:
+    """What stopped ``torch.export``; of control flow that depends on data the place, not the formula."""
+    if not isinstance(error, GuardOnDataDependentSymNode):
+        return first_line(error)
+    place = re.search(r'File "(.+)", line (\d+)', str(error)) or re.search(r"Caused by: \((.+):(\d+) in", str(error))
+    return f"what its code does depends on the data{f', at {place[1]}:{place[2]}' if place else ''}"
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def test_the_largest_submodules_that_can_be_captured_are_parts() -> None:
     result = shrunk(model)
     report = result.report["parts"]
     assert report["captured"] == ["tower", "head"]
-    assert list(report["stopped"]) == [""] and "data-dependent" in report["stopped"][""].lower()
+    assert list(report["stopped"]) == [""] and "depends on the data, at" in report["stopped"][""]
     assert report["parameters_outside"] == 8 and report["used_outside"] == []
     assert type(result.model) is Detector
     assert kept(result, "tower.0.weight") == (8, 3, 3, 3)
