@@ -1,7 +1,7 @@
 """The pipeline: capture, analyse, score, select, plan, shrink, verify. Read this first."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -189,8 +189,15 @@ def _matching(names: list[str], patterns: tuple[str, ...]) -> set[str]:
             raise ConfigError(
                 f"{pattern!r}: no module has that name{closest(pattern, names)}. Use a name or glob of modules."
             )
-        found.update(name for name in names if any(name == hit or name.startswith(f"{hit}.") for hit in hits))
+        inside = set(hits)
+        found.update(name for name in names if not inside.isdisjoint(_ancestry(name)))
     return found
+
+
+def _ancestry(name: str) -> Iterator[str]:
+    """A module and the modules that it is in."""
+    parts = name.split(".")
+    return (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
 
 
 def _check_something_goes(dependencies: DependencyGraph, selection: Selection, request: Request) -> None:

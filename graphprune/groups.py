@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,9 +11,11 @@ from scipy.sparse.csgraph import connected_components
 
 from graphprune.units import counting_slabs, find_units
 from speedup.analysis import Analysis
-from speedup.classes import Classes
+from speedup.classes import Classes, Weave
 from speedup.flow import Block, Part
 from speedup.labels import Index, Mask, support
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -101,27 +104,25 @@ def find_groups(analysis: Analysis) -> tuple[ChannelGroup, ...]:
     unit_of, counted = find_units(signature, blocks)
     counting = counting_slabs(classes.count, counted)
     group_of = np.where(counting & (signature == 0), -1, _group_of(signature, pinned, counting, blocks))
-    members = _members(analysis, axes, group_of)
+    members, carriers = _members(analysis, axes, group_of)
     inside = _positions(group_of)
     parts = _parts(classes.parts, group_of)
-    carriers: dict[str, list[_Axis]] = {}
-    for axis in axes:
-        carriers.setdefault(axis.tensor, []).append(axis)
-
-    def by_tensor(inside: Sequence[Member]) -> list[_Axis]:
-        return [axis for name in dict.fromkeys(member.tensor for member in inside) for axis in carriers[name]]
-
+    tables = _by_group(counted, [block.members for block in counted], group_of)
+    weaves = _by_group(classes.weaves, [weave.turns for weave in classes.weaves], group_of)
+    locked = np.zeros(classes.count, dtype=np.bool_)
+    locked[unit_of[pinned | counting]] = True  # a row that is counted stays, and so does what is tied to its slab
     return tuple(
         _group(
             index,
             inside[label],
             members[label],
             analysis,
-            axes=by_tensor(members[label]),
+            axes=carriers[label],
             parts=parts.get(label, ()),
             unit_of=unit_of,
-            locked=unit_of[pinned | counting],  # a row that is counted stays, and so does what is tied to its slab
-            counted=counted,
+            locked=locked,
+            counted=tables.get(label, ()),
+            weaves=weaves.get(label, ()),
         )
         for index, label in enumerate(members)
     )
@@ -197,9 +198,21 @@ def _parts(parts: Sequence[Part], group_of: Index) -> dict[int, list[Part]]:
     return found
 
 
-def _members(analysis: Analysis, axes: Sequence[_Axis], group_of: Index) -> dict[int, list[Member]]:
-    """The members of each group, groups in the order in which the graph first uses them."""
+def _by_group(things: Sequence[T], classes: Sequence[Index], group_of: Index) -> dict[int, list[T]]:
+    """The things whose classes belong to each group."""
+    found: dict[int, list[T]] = {}
+    for thing, inside in zip(things, classes, strict=True):
+        for label in np.unique(group_of[inside]).tolist():
+            found.setdefault(label, []).append(thing)
+    return found
+
+
+def _members(
+    analysis: Analysis, axes: Sequence[_Axis], group_of: Index
+) -> tuple[dict[int, list[Member]], dict[int, list[_Axis]]]:
+    """The members of each group and their axes, groups in the order in which the graph first uses them."""
     found: dict[int, list[Member]] = {}
+    carriers: dict[int, list[_Axis]] = {}
     for axis in axes:
         users = analysis.users.get(axis.tensor, [])
         labels, channels = np.unique(group_of[axis.classes], return_counts=True)
@@ -209,7 +222,8 @@ def _members(analysis: Analysis, axes: Sequence[_Axis], group_of: Index) -> dict
             found.setdefault(label, []).append(
                 Member(axis.tensor, axis.dims, count, role, users[0].name if users else "")
             )
-    return found
+            carriers.setdefault(label, []).append(axis)
+    return found, carriers
 
 
 def _group(
@@ -221,15 +235,20 @@ def _group(
     axes: Sequence[_Axis],
     parts: Sequence[Part],
     unit_of: Index,
-    locked: Index,
+    locked: Mask,
     counted: Sequence[Block],
+    weaves: Sequence[Weave],
 ) -> ChannelGroup:
     units, unit = np.unique(unit_of[classes], return_inverse=True)
-    local = np.full(analysis.classes.count, -1, dtype=np.int64)
-    local[classes] = unit
-    tables = [(block.kind, _count_table(block, local, len(units))) for block in counted]
-    weaves = [local[weave.turns] for weave in analysis.classes.weaves if (local[weave.turns] >= 0).all()]
-    along = [local[axis.classes[local[axis.classes] >= 0]] for axis in axes]
+
+    def local(some: Index) -> Index:
+        """The unit of each of ``some`` classes within the group; -1 for those of other groups."""
+        places = np.minimum(np.searchsorted(classes, some), len(classes) - 1)
+        return np.where(classes[places] == some, unit[places], -1)
+
+    tables = [(block.kind, _count_table(block, local(block.members), len(units))) for block in counted]
+    turns = [local(weave.turns) for weave in weaves]
+    along = [found[found >= 0] for found in (local(axis.classes) for axis in axes)]
     along = [one if len(axis.dims) == 1 else np.unique(one) for one, axis in zip(along, axes, strict=True)]
     producers = [member for member in members if member.role == "out"] or list(members)
     return ChannelGroup(
@@ -238,24 +257,26 @@ def _group(
         classes=classes,
         unit_of=unit,
         axes=tuple({units.tobytes(): units for units in along if len(units)}.values()),
-        locked=np.isin(units, locked),
+        locked=locked[units],
         counts=tuple(table for kind, table in tables if table is not None and kind != "split"),
         equals=tuple(table for kind, table in tables if table is not None and kind == "split"),
-        weaves=tuple(weaves),
-        parts=tuple(_in_units(part, local) for part in parts),
+        weaves=tuple(one for one in turns if (one >= 0).all()),
+        parts=tuple(_in_units(local(part.members), part.least) for part in parts),
         members=tuple(members),
-        pin=_pin_reason(analysis.classes, classes) if np.isin(units, locked).all() else None,
+        pin=_pin_reason(analysis.classes, classes) if locked[units].all() else None,
     )
 
 
-def _in_units(part: Part, local: Index) -> Part:
-    units = np.unique(local[part.members])
-    return Part(units, min(part.least, len(units)))
+def _in_units(members: Index, least: int) -> Part:
+    units = np.unique(members)
+    return Part(units, min(least, len(units)))
 
 
-def _count_table(block: Block, local: Index, units: int) -> Index | None:
-    """How many members of each unit stand in each row, shape (rows, units); None where any choice is rectangular."""
-    inside = local[block.members]
+def _count_table(block: Block, inside: Index, units: int) -> Index | None:
+    """How many members of each unit stand in each row, shape (rows, units); None where any choice is rectangular.
+
+    ``inside`` are the units of the members of ``block``, -1 for those of other groups.
+    """
     if (inside < 0).all():
         return None
     table = np.zeros((len(inside), units + 1), dtype=np.int64)

@@ -140,11 +140,12 @@ def _members(members: Sequence[Member]) -> list[dict[str, Any]]:
 
 def _layers(dense: Cost, small: Cost) -> list[dict[str, Any]]:
     """Each module with parameters or multiply-accumulates of its own, before and after."""
-    owners = [name.rpartition(".")[0] for name in dense.shapes]
+    owned: dict[str, list[str]] = {}
+    for name in dense.shapes:
+        owned.setdefault(name.rpartition(".")[0], []).append(name)
     layers = []
-    for layer in dict.fromkeys([*owners, *dense.macs_by_layer]):
-        names = [name for name, owner in zip(dense.shapes, owners, strict=True) if owner == layer]
-        shapes = {name: (dense.shapes[name], small.shapes.get(name, ())) for name in names}
+    for layer in dict.fromkeys([*owned, *dense.macs_by_layer]):
+        shapes = {name: (dense.shapes[name], small.shapes.get(name, ())) for name in owned.get(layer, ())}
         layers.append(
             {
                 "name": layer,

@@ -1,6 +1,7 @@
 """Units: channels that go whole, such as a head or a group of a grouped convolution, and rows that are counted."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,38 +35,70 @@ def find_units(signature: NDArray[np.uint64], blocks: Sequence[Block]) -> tuple[
         carried = any(block.slabs is not None and signature[block.slabs].any() for block in family)
         return any(block.kind in _GROUPED for block in family), carried, len(family[0].members)
 
-    alone = np.arange(len(signature))
-    unit = alone
+    units = _Units(len(signature))
     counted = [block for block in blocks if block.slabs is None]
     for family in sorted(sharing.values(), key=precedence):
         grouped = any(block.kind in _GROUPED for block in family)
-        lengths = [len(np.unique(unit[block.members[0]])) for block in family]
+        lengths = [len(np.unique(units.of(block.members[0]))) for block in family]
         coarse = grouped and min(lengths) > 1 and any(len(b.members) < n for b, n in zip(family, lengths, strict=True))
-        united = _united(unit, family)
-        if coarse or _cross(unit, _united(alone, family), united, family):
+        if coarse or _cross(units, family):
             counted += family
         else:
-            unit = united
-    return unit, counted
+            units.unite(_rows(family, units.of))
+    return units.of(np.arange(len(signature))), counted
 
 
-def _cross(unit: Index, rows: Index, united: Index, family: Sequence[Block]) -> bool:
+class _Units:
+    """Which classes go together so far: a forest in which the root of each tree is its smallest class."""
+
+    def __init__(self, count: int) -> None:
+        self.parents: Index = np.arange(count)
+
+    def of(self, classes: Index) -> Index:
+        """The unit of each class: its root."""
+        above = self.parents[classes]
+        while not np.array_equal(above, classes):
+            classes, above = above, self.parents[above]
+        return classes
+
+    def unite(self, joined: "_Joined") -> None:
+        """Makes one of the units that were found to be joined."""
+        self.parents[joined.labels] = joined.leads
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """Labels that links join: each label once, in order, and the smallest that it is joined with."""
+
+    labels: Index
+    leads: Index
+
+    def of(self, labels: Index) -> Index:
+        """The smallest label that each of ``labels`` is joined with."""
+        return self.leads[np.searchsorted(self.labels, labels)]
+
+
+def _cross(units: _Units, family: Sequence[Block]) -> bool:
     """Whether neither the units nor the rows of a family are parts of the other, so that united they are fewer."""
+    rows, united = _rows(family, lambda classes: classes), _rows(family, units.of)
     before, alone, after = (
-        min(len(np.unique(part[block.members])) for block in family) for part in (unit, rows, united)
+        min(len(np.unique(part(block.members))) for block in family)
+        for part in (units.of, rows.of, lambda classes: united.of(units.of(classes)))
     )
     return after < min(before, alone)
 
 
-def _united(unit: Index, family: Sequence[Block]) -> Index:
-    """The units after every row of ``family`` and its slab have become one."""
-    rows = [np.repeat(block.slabs, block.members.shape[1]) for block in family if block.slabs is not None]
-    columns = [block.members.reshape(-1) for block in family]
-    ends = (unit[np.concatenate(rows)], unit[np.concatenate(columns)])
-    links = coo_array((np.ones(len(ends[0])), ends), shape=(len(unit), len(unit)))
-    _, merged = connected_components(links, directed=False)
-    result: Index = merged.astype(np.int64)[unit]
-    return result
+def _rows(family: Sequence[Block], labelled: Callable[[Index], Index]) -> _Joined:
+    """Every row of ``family`` joined with its slab, classes known by their labels; only these are looked at."""
+    slabs = [np.repeat(block.slabs, block.members.shape[1]) for block in family if block.slabs is not None]
+    members = [block.members.reshape(-1) for block in family]
+    ends = np.concatenate([*slabs, *members])
+    labels, place = np.unique(labelled(ends), return_inverse=True)
+    first, second = place.reshape(2, -1)
+    links = coo_array((np.ones(len(first)), (first, second)), shape=(len(labels), len(labels)))
+    _, component = connected_components(links, directed=False)
+    _, lead = np.unique(component, return_index=True)
+    return _Joined(labels, labels[lead[component]])
 
 
 def counting_slabs(count: int, counted: Sequence[Block]) -> Mask:

@@ -55,6 +55,10 @@ class Classes:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_of", torch.from_numpy(self.of))
+        tables: dict[tuple[tuple[int, ...], bytes], int] = {}
+        for place, block in enumerate(self.blocks):
+            tables.setdefault((block.members.shape, block.members.tobytes()), place)
+        object.__setattr__(self, "_tables", tables)
 
     def plane(self, plane: Plane, dims: Sequence[int] | None = None) -> Index:
         """The classes of a plane over ``dims`` (its support by default)."""
@@ -106,14 +110,17 @@ class Classes:
         """The dimensions of ``plane`` that count the rows of a block with the same members; None without one."""
         dims = support(plane)
         labels = self.plane(plane)
-        for block in self.blocks:
-            for count in range(1, len(dims)):
-                for rows in itertools.combinations(range(len(dims)), count):
-                    inner = [i for i in range(len(dims)) if i not in rows]
-                    table = labels.transpose(*rows, *inner).reshape(-1, int(np.prod([labels.shape[i] for i in inner])))
-                    if table.shape[1] == block.members.shape[1] and np.array_equal(_rows_once(table), block.members):
-                        return [dims[i] for i in rows]
-        return None
+        tables: dict[tuple[tuple[int, ...], bytes], int] = self._tables  # type: ignore[attr-defined]  # set in __post_init__
+        found = []
+        for count in range(1, len(dims)):
+            for rows in itertools.combinations(range(len(dims)), count):
+                inner = [i for i in range(len(dims)) if i not in rows]
+                table = labels.transpose(*rows, *inner).reshape(-1, int(np.prod([labels.shape[i] for i in inner])))
+                once = _rows_once(table)
+                place = tables.get((once.shape, once.tobytes()))
+                if place is not None:
+                    found.append((place, [dims[i] for i in rows]))
+        return min(found)[1] if found else None
 
     def live_shape(self, labels: Labels, live: Mask, node: str) -> tuple[int, ...]:
         """The shape of a tensor when only ``live`` classes are left.
@@ -166,8 +173,9 @@ def solve(flow: Flow) -> Classes:
         of, count = _components(flow.size, pairs)
         weaves: dict[bytes, Weave] = {}
         ties = []
+        merges = _Merges.of(flow.merges, of)
         for block in flow.blocks:
-            found = _weaves(block, flow.merges, of) if block.kind == "reshape" else []
+            found = _weaves(block, merges.meeting(of[block.members]), of) if block.kind == "reshape" else []
             if found is None:
                 first = np.broadcast_to(block.members[0], block.members.shape)
                 ties.append((block.members.reshape(-1), first.reshape(-1)))
@@ -222,6 +230,38 @@ def _pin_slabs(flow: Flow, of: Index, pin_of: Index) -> None:
                 pin_of[counting] = np.where(pin_of[counting] >= 0, pin_of[counting], fixed)
         if (pin_of == before).all():
             return
+
+
+@dataclass(frozen=True)
+class _Merges:
+    """Merges by the classes that run through them.
+
+    Attributes:
+        merges: Atoms in merged order.
+        classes: Every class of every merge, in order.
+        owners: The merge of each of them.
+    """
+
+    merges: Sequence[Index]
+    classes: Index
+    owners: Index
+
+    @classmethod
+    def of(cls, merges: Sequence[Index], of: Index) -> "_Merges":
+        """Returns the merges of a flow, where ``of`` is the class of each atom."""
+        inside = [np.unique(of[merge]) for merge in merges]
+        classes = np.concatenate([np.empty(0, dtype=np.int64), *inside])
+        owners = np.repeat(np.arange(len(merges)), [len(one) for one in inside])
+        order = np.argsort(classes, kind="stable")
+        return cls(merges, classes[order], owners[order])
+
+    def meeting(self, classes: Index) -> list[Index]:
+        """The merges through which one of ``classes`` runs, in their order."""
+        inside = np.unique(classes)
+        start = np.searchsorted(self.classes, inside)
+        count = np.searchsorted(self.classes, inside, side="right") - start
+        places = np.repeat(start - np.cumsum(count) + count, count) + np.arange(count.sum())
+        return [self.merges[owner] for owner in np.unique(self.owners[places])]
 
 
 def _weaves(block: Block, merges: Sequence[Index], of: Index) -> list[Weave] | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -49,9 +50,7 @@ class ShrinkPlan:
         Raises:
             PlanError: The plan names an index that the tensor does not have.
         """
-        for axis, indices in self.keep.items():
-            if axis.tensor != name:
-                continue
+        for axis, indices in self._by_tensor.get(name, ()):
             if axis.dim >= tensor.dim() or (
                 len(indices) and not 0 <= indices.min() <= indices.max() < tensor.shape[axis.dim]
             ):
@@ -71,6 +70,13 @@ class ShrinkPlan:
             where = where.reshape(*where.shape, *(1,) * (tensor.dim() - 2))
             tensor = tensor.gather(1, where.expand(*where.shape[:2], *tensor.shape[2:]))
         return tensor
+
+    @cached_property
+    def _by_tensor(self) -> Mapping[str, list[tuple[Axis, Index]]]:
+        found: dict[str, list[tuple[Axis, Index]]] = {}
+        for axis, indices in self.keep.items():
+            found.setdefault(axis.tensor, []).append((axis, indices))
+        return found
 
     def cut_copy(self, name: str, tensor: Tensor) -> Tensor:
         """Returns what is kept of ``tensor`` as a new tensor; of a parameter as a parameter."""

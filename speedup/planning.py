@@ -106,7 +106,7 @@ def live_from_keep(analysis: Analysis, plan: ShrinkPlan) -> Mask:
 
 
 def _kept(plan: ShrinkPlan, name: str, size: int) -> Any:
-    return next((kept for axis, kept in plan.keep.items() if axis.tensor == name and axis.dim == 0), np.arange(size))
+    return plan.keep.get(Axis(name, 0), np.arange(size))
 
 
 def _drop_positions(live: Mask, classes: Any, rows: Any, kept: Any) -> None:
