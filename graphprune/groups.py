@@ -283,7 +283,7 @@ def _count_table(block: Block, inside: Index, units: int) -> Index | None:
     np.add.at(table, (np.arange(len(inside))[:, None], inside), 1)
     table = table[:, :units]
     full = block.members.shape[1]
-    may_vanish = block.slabs is None and np.isin(table, (0, full)).all()
+    may_vanish = block.slabs is None and not block.every and np.isin(table, (0, full)).all()
     if may_vanish or (table == table[0]).all():
         return None
     return table

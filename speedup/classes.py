@@ -14,6 +14,9 @@ from speedup.errors import PlanError
 from speedup.flow import Block, Flow, Part, Pin
 from speedup.labels import Index, Labels, Mask, Plane, core, narrowed, support
 
+_ORDERED = ("reshape", "recurrent")
+"""Kinds of blocks whose rows may each keep other positions, so that it matters how later reshapes merge them."""
+
 
 @dataclass(frozen=True)
 class Weave:
@@ -175,7 +178,7 @@ def solve(flow: Flow) -> Classes:
         ties = []
         merges = _Merges.of(flow.merges, of)
         for block in flow.blocks:
-            found = _weaves(block, merges.meeting(of[block.members]), of) if block.kind == "reshape" else []
+            found = _weaves(block, merges.meeting(of[block.members]), of) if block.kind in _ORDERED else []
             if found is None:
                 first = np.broadcast_to(block.members[0], block.members.shape)
                 ties.append((block.members.reshape(-1), first.reshape(-1)))
@@ -187,7 +190,7 @@ def solve(flow: Flow) -> Classes:
     pin_of = np.full(count, -1, dtype=np.int64)
     for position in range(len(flow.pins) - 1, -1, -1):
         pin_of[of[flow.pins[position][1]]] = position
-    _pin_slabs(flow, of, pin_of)
+    _pin_rows(flow, of, pin_of)
     blocks: dict[tuple[object, ...], Block] = {}
     for block in flow.blocks:
         rows = of[block.members]
@@ -196,7 +199,7 @@ def solve(flow: Flow) -> Classes:
         _, first = np.unique(table, axis=0, return_index=True)
         first.sort()
         slabs = None if slabs is None else slabs[first]
-        key = (block.kind, rows[first].tobytes(), rows.shape, None if slabs is None else slabs.tobytes())
+        key = (block.kind, block.every, rows[first].tobytes(), rows.shape, None if slabs is None else slabs.tobytes())
         blocks.setdefault(key, replace(block, members=rows[first], slabs=slabs))
     pins = tuple(pin for pin, _ in flow.pins)
     parts = {}
@@ -219,10 +222,18 @@ def _components(size: int, pairs: Sequence[tuple[Index, Index]]) -> tuple[Index,
     return of.astype(np.int64), int(count)
 
 
-def _pin_slabs(flow: Flow, of: Index, pin_of: Index) -> None:
-    """Fixes every slab with a fixed member in its row: the row never goes, nor does what counts it, and so on."""
+def _pin_rows(flow: Flow, of: Index, pin_of: Index) -> None:
+    """Fixes every slab with a fixed member in its row: the row never goes, nor does what counts it, and so on.
+
+    Where every row of a block stays and one is fixed whole, all are: they keep the same number.
+    """
     while True:
         before = pin_of.copy()
+        for block in flow.blocks:
+            members = of[block.members]
+            if block.every and len(whole := np.flatnonzero((pin_of[members] >= 0).all(axis=1))):
+                free = members[pin_of[members] < 0]
+                pin_of[free] = pin_of[members[whole[0], 0]]
         for block in reversed(flow.blocks):  # what counts rows may be counted further up
             if block.slabs is not None:
                 fixed = pin_of[of[block.members]].max(axis=1)

@@ -226,7 +226,7 @@ def _translate(
     present = batch_size(example_inputs)
     try:
         translated = torch.onnx.export(
-            program,
+            _without_projections(program),
             dynamo=True,
             verbose=False,
             opset_version=opset,
@@ -247,6 +247,16 @@ def _translate(
     NameFixPass()(translated.model)
     ClearMetadataAndDocStringPass()(translated.model)
     return translated
+
+
+def _without_projections(program: ExportedProgram) -> ExportedProgram:
+    """Returns `program`, its LSTMs written out step by step if one projects its state: that of ONNX does not."""
+    layers = program.graph.find_nodes(op="call_function", target=torch.ops.aten.lstm.input)
+    if all(len({state.meta["val"].shape[-1] for state in layer.args[1]}) == 1 for layer in layers):
+        return program
+    every = torch.export.default_decompositions()
+    steps: ExportedProgram = program.run_decompositions({torch.ops.aten.lstm.input: every[torch.ops.aten.lstm.input]})
+    return steps
 
 
 def _named_inputs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, Tensor]:

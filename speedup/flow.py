@@ -39,12 +39,14 @@ class Block:
         members: Labels, shape (rows, row length).
         slabs: Labels, shape (rows,): a row's slab lives as long as any member of the row does; None where rows
             have no label of their own.
+        every: Whether no row may go whole: it is a layer, say.
     """
 
     node: str
     kind: str
     members: Index
     slabs: Index | None = None
+    every: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,10 +151,10 @@ class Flow:
                 self.pin(plane, reason, structural)
         return Labels(labels.shape, tuple(planes))
 
-    def block(self, plane: Plane, rows: Sequence[int], slabs: Plane | None = None) -> None:
+    def block(self, plane: Plane, rows: Sequence[int], slabs: Plane | None = None, *, every: bool = False) -> None:
         """Asks that ``plane`` stay rectangular: its support without ``rows`` is shared out evenly between ``rows``."""
         slab_labels = None if slabs is None else flat(core(slabs, rows))
-        self.blocks.append(Block(self.node, self.kind, rows_first(plane, rows), slab_labels))
+        self.blocks.append(Block(self.node, self.kind, rows_first(plane, rows), slab_labels, every))
 
     def part(self, plane: Plane, dim: int) -> None:
         """Notes that ``plane`` is a part cut along ``dim``: something of it must stay, as a rectangle."""

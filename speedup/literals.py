@@ -133,10 +133,11 @@ def _slice(remains: Remains) -> dict[str, Any]:
 def _select(remains: Remains) -> dict[str, Any]:
     x = remains.call["self"]
     alive = remains.alive(x, remains.call.dim(len(x.shape)))
-    place = int(remains.call["index"]) % len(alive)
-    if not alive[place]:
+    index = int(remains.call["index"])
+    if not alive[index]:
+        place = index % len(alive)
         raise PlanError(f"{remains.call.node.name}: the index it takes would be removed. Keep index {place}.")
-    return {"index": int(alive[:place].sum())}
+    return {"index": int(alive[:index].sum()) if index >= 0 else -int(alive[index:].sum())}
 
 
 def _chosen(alive: Mask, index: Index) -> list[int]:

@@ -143,25 +143,41 @@ def _produced(analysis: Analysis, masks: Mapping[str, Mask]) -> Mask:
     dropped = np.zeros(analysis.classes.count, dtype=np.bool_)
     canonical = {analysis.aliases[name]: mask for name, mask in masks.items()}
     for name, labels in analysis.parameters.items():
+        carried, masked = np.zeros_like(kept), np.zeros_like(kept)  # of what feeds back a weight has both ends
         for dim, classes in _produced_axes(analysis, name) if len(labels.shape) > 1 or name in canonical else ():
             mask = canonical.get(name)
             others = tuple(d for d in range(len(labels.shape)) if d != dim)
-            alive = np.ones(len(classes), dtype=np.bool_) if mask is None else mask.any(axis=others)
-            if len(labels.shape) > 1:
-                kept[classes[alive]] = True
-            dropped[classes[~alive]] = True
+            alive: Mask = np.ones(len(classes), dtype=np.bool_) if mask is None else np.asarray(mask.any(axis=others))
+            carried[classes] = True
+            masked |= _all_of(classes, ~alive, len(masked))
+        if len(labels.shape) > 1:
+            kept |= carried & ~masked
+        dropped |= masked
     return kept | ~dropped | (analysis.classes.pin_of >= 0)
 
 
+def _all_of(classes: Index, gone: Mask, count: int) -> Mask:
+    """The classes of which every index is gone, shape (count,): a unit of a recurrent layer has one in each gate."""
+    found = np.bincount(classes, minlength=count)
+    every: Mask = (found > 0) & (np.bincount(classes, weights=gone, minlength=count) == found)
+    return every
+
+
 def _rectangular(analysis: Analysis, live: Mask) -> Mask:
-    """Returns ``live`` with as many channels back as make every block a rectangle; rows that are gone stay gone."""
+    """Returns ``live`` with as many channels back as make every block a rectangle and give every part what it needs.
+
+    Rows that are gone stay gone, unless the block needs every row.
+    """
     blocks = [block for block in analysis.classes.blocks if len(block.members) > 1]
     while True:
         before = live.copy()
         for block in blocks:
             counts = live[block.members].sum(axis=1)
             for row, count in zip(block.members, counts, strict=True):
-                if 0 < count < counts.max():
+                if (count or block.every) and count < counts.max():
                     live[row[~live[row]][: counts.max() - count]] = True
+        for part in analysis.classes.parts:
+            gone = part.members[~live[part.members]]
+            live[gone[: max(part.least - (len(part.members) - len(gone)), 0)]] = True
         if (live == before).all():
             return analysis.classes.with_slabs(live)

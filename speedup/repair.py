@@ -61,8 +61,19 @@ def _vector_length(*names: str) -> Callable[[Any], dict[str, Any]]:
     return sizes
 
 
+_GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
+
+
+def _recurrent_sizes(module: Any) -> dict[str, Any]:
+    rows, state = module.weight_hh_l0.shape
+    sizes = {"input_size": module.weight_ih_l0.shape[1], "hidden_size": rows // _GATES[module.mode]}
+    return sizes | ({"proj_size": state} if module.proj_size else {})
+
+
 STANDARD_SIZES: Mapping[type[nn.Module], Callable[[Any], dict[str, Any]]] = {
     nn.modules.conv._ConvNd: _convolution_sizes,
+    nn.RNNBase: _recurrent_sizes,
+    nn.RNNCellBase: lambda module: {"input_size": module.weight_ih.shape[1], "hidden_size": module.weight_hh.shape[1]},
     nn.Linear: lambda module: {"out_features": module.weight.shape[0], "in_features": module.weight.shape[1]},
     nn.modules.batchnorm._NormBase: _vector_length("num_features"),
     nn.GroupNorm: _vector_length("num_channels"),

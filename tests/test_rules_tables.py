@@ -7,7 +7,7 @@ from test_rules import trace
 
 from speedup.rules import RULES
 
-TOPICS = ("movement", "pointwise", "contraction", "norm", "meeting")
+TOPICS = ("movement", "pointwise", "contraction", "norm", "recurrent", "meeting")
 
 UNTRIED: Mapping[str, str] = {
     "aten.view.default": "capture turns it into a reshape",

@@ -53,14 +53,14 @@ def cat(flow: Flow, call: Call) -> Labels:
     ]
     carried = [plane.expand(call.shape) for plane in flow.meet(others, others[0].shape).planes]
     if any(operand.along(dim) for operand in operands):
-        pieces = [_piece(flow, operand, dim) for operand in operands]
-        varying = {d for piece in pieces for d in support(piece)} | {dim}
-        joined = torch.cat([narrowed(piece, varying) for piece in pieces], dim)
+        pieces = [piece(flow, operand, dim) for operand in operands]
+        varying = {d for plane in pieces for d in support(plane)} | {dim}
+        joined = torch.cat([narrowed(plane, varying) for plane in pieces], dim)
         carried.append(settle(joined.expand(call.shape)))
     return Labels(call.shape, tuple(carried))
 
 
-def _piece(flow: Flow, operand: Labels, dim: int) -> Plane:
+def piece(flow: Flow, operand: Labels, dim: int) -> Plane:
     """The plane that ``operand`` brings along ``dim``; fixed atoms where it has none."""
     planes = operand.along(dim)
     if planes:
