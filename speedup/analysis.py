@@ -150,6 +150,8 @@ def _labelled(
 
 def _run(flow: Flow, call: Call, rule: Rule | None) -> Labels | list[Labels]:
     several = isinstance(call.node.meta["val"], list | tuple)
+    if not several and 0 in call.shape:
+        return Labels(call.shape)
     if rule is not None:
         flow.kind = rule.kind
         outcome = rule.flow(flow, call)

@@ -32,7 +32,9 @@ class Labels:
 
     @property
     def fixed(self) -> set[int]:
-        """The dimensions that have size but no plane: their content cannot shrink."""
+        """The dimensions that have size but no plane: their content cannot shrink; an empty tensor has no content."""
+        if 0 in self.shape:
+            return set()
         return {dim for dim, size in enumerate(self.shape) if size > 1} - self.covered
 
     def along(self, dim: int) -> tuple[Plane, ...]:

@@ -1,5 +1,6 @@
 """What ``torch.export`` makes of a module: a program, without a word to the user of what goes on inside."""
 
+import copy
 import inspect
 import io
 import logging
@@ -74,9 +75,18 @@ def _fact(error: Exception) -> str:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Puts ``models`` into eval mode; afterwards they are what they were: modes, attributes, contents of buffers."""
+    """Puts ``models`` into eval mode; afterwards they are what they were: modes, attributes, hooks, contents of buffers.
+
+    What a forward puts into a container of its module (hooks that record outputs, a cache) is taken out again.
+    """
     modules = [module for model in models for module in model.modules()]
     attributes = [(module, dict(vars(module))) for module in modules]
+    containers = [
+        (value, copy.copy(value))
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, dict | list | set) and name not in ("_parameters", "_buffers", "_modules")
+    ]
     was_training = [(model, model.training) for model in models]
     buffers = [(module, name, buffer) for module in modules for name, buffer in module.named_buffers(recurse=False)]
     contents = [(buffer._version, buffer.detach().clone()) for _, _, buffer in buffers]
@@ -93,6 +103,9 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
         for module, before in attributes:
             vars(module).clear()
             vars(module).update(before)
+        for container, filled in containers:
+            container.clear()
+            container.extend(filled) if isinstance(container, list) else container.update(filled)
         for (module, name, buffer), (edition, content) in zip(buffers, contents, strict=True):
             module._buffers[name] = buffer
             if buffer._version != edition:

@@ -200,6 +200,8 @@ class _Lockstep:
     def _gap(self, node: fx.Node, dense: Any, small: Any, labels: Any) -> float:
         if not isinstance(dense, Tensor) or not isinstance(small, Tensor) or not isinstance(labels, Labels):
             return 0.0
+        if not dense.numel() and not small.numel():
+            return 0.0
         expected = self._compacted(node, dense, labels)
         if expected.is_floating_point() and expected.numel() and expected.isnan().all():
             raise ProofError(

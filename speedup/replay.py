@@ -36,12 +36,53 @@ class _Constant:
     __hash__ = None  # type: ignore[assignment]  # content has none
 
 
+class _Writes(fx.Interpreter):
+    """Runs a graph on shapes alone and notes whose memory is written to after it was made."""
+
+    def __init__(self, module: fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(module, garbage_collect_values=False)  # memory that is free again would be taken for another
+        self.mode = mode
+        self.memory: dict[str, int] = {}
+        self.written: set[int] = set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "get_attr":
+            return self.mode.from_tensor(attribute(self.module, str(n.target)))
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.memory[n.name] = value.untyped_storage()._cdata
+        schema = getattr(n.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            given = dict(zip((argument.name for argument in schema.arguments), n.args, strict=False)) | n.kwargs
+            for argument in schema.arguments:
+                target = given.get(argument.name)
+                if argument.alias_info is not None and argument.alias_info.is_write and isinstance(target, fx.Node):
+                    self.written.add(self.env[target].untyped_storage()._cdata)
+        return value
+
+
+def _idle(module: fx.GraphModule, mode: FakeTensorMode, inputs: Sequence[Any]) -> set[str]:
+    """The calls that give back what they get: whether ``contiguous`` copies depends on the sizes, not what it holds.
+
+    A copy that is written to, or whose source is, is no such call.
+    """
+    calls = [node for node in module.graph.nodes if node.target is aten.contiguous.default]
+    if not calls:
+        return set()
+    run = _Writes(module, mode)
+    run.run(*inputs, enable_io_processing=False)
+    around = {node.name: {run.memory.get(node.name), run.memory.get(str(node.args[0]))} for node in calls}
+    return {name for name, memory in around.items() if None not in memory and not memory & run.written}
+
+
 class _Replay(fx.Interpreter):
     """Runs a graph on shapes alone and writes down its calls."""
 
-    def __init__(self, module: fx.GraphModule, mode: FakeTensorMode, owned: Container[int]) -> None:
+    def __init__(
+        self, module: fx.GraphModule, mode: FakeTensorMode, owned: Container[int], idle: Container[str]
+    ) -> None:
         super().__init__(module)
-        self.mode, self.owned = mode, owned
+        self.mode, self.owned, self.idle = mode, owned, idle
         self.calls: list[tuple[fx.Node, Any]] = []
         self.made: dict[str, Any] = {}
         self.inputs = 0
@@ -58,6 +99,8 @@ class _Replay(fx.Interpreter):
             tensor = attribute(self.module, str(n.target))
             self.made[n.name] = _Made("held", id(tensor) if id(tensor) in self.owned else _Constant(tensor))
             return self.mode.from_tensor(tensor)
+        elif n.name in self.idle:
+            self.made[n.name] = self.made[str(n.args[0])]
         elif n.op == "call_function" and any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
             self._write_down(n, value)
         else:  # a number
@@ -93,10 +136,11 @@ def first_difference(
     for batch in batches:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
             fakes = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in with_batch(list(inputs), batch)]
-            runs = [_Replay(module, mode, owned) for module in (one, other)]
+            runs = []
             try:
-                for run in runs:
-                    run.run(*fakes, enable_io_processing=False)
+                for module in (one, other):
+                    runs.append(_Replay(module, mode, owned, _idle(module, mode, fakes)))
+                    runs[-1].run(*fakes, enable_io_processing=False)
             except DynamicOutputShapeException:  # sizes depend on the data: the numbers that were compared must do
                 return ""
         for (_, expected), (node, found) in zip(runs[0].calls, runs[1].calls, strict=False):

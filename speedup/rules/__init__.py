@@ -18,12 +18,21 @@ RULES: Mapping[Any, Rule] = MappingProxyType(
 )
 
 
+FOREIGN: Mapping[str, Rule] = MappingProxyType(contraction.FOREIGN)
+"""Operators that other libraries register, which exist only once those are imported: by the name in the registry."""
+
+
 def rule_for(target: Any) -> Rule | None:
     """Returns the rule of an operator, or None: an operator without a rule is never guessed at.
 
     Operators that PyTorch itself tags as pointwise need no entry of their own.
     """
-    found = RULES.get(target)
+    found = RULES.get(target) or FOREIGN.get(_registered_name(target))
     if found is None and torch.Tag.pointwise in getattr(target, "tags", ()):
         return pointwise.TAGGED
     return found
+
+
+def _registered_name(target: Any) -> str:
+    schema = getattr(target, "_schema", None)
+    return schema.name if schema is not None else ""

@@ -86,6 +86,18 @@ def einsum(flow: Flow, call: Call) -> Labels:
     return contract(flow, list(zip(operands, names, strict=True)), out)
 
 
+def grouped_matmul(flow: Flow, call: Call) -> Labels:
+    """y[t, n] = sum_k x[t, k] W[e(t), k, n]: which expert e takes a token t is known only when the data are."""
+    x, weight = call.tensors()[:2]
+    if len(x.shape) != 2 or len(weight.shape) != 3:
+        flow.pin_all(x, "goes through a grouped product that is not one of tokens with experts")
+        flow.pin_all(weight, "goes through a grouped product that is not one of tokens with experts")
+        return Labels(call.shape)
+    experts = flow.freeze(weight, [0], "is an expert that the data choose", structural=True)
+    one = Labels(weight.shape[1:], tuple(plane[0] for plane in experts.planes))
+    return contract(flow, [(x, ["t", "k"]), (one, ["k", "n"])], ["t", "n"])
+
+
 def convolution(flow: Flow, call: Call) -> Labels:
     """y[b, (g, o), ...] = sum_i x[b, (g, i), ...] * W[(g, o), i, ...]: groups are a batch dimension, space is free."""
     return _convolved(flow, call, transposed=False)
@@ -177,6 +189,7 @@ RULES = {
     aten.linear.default: Rule("contraction", linear),
     **dict.fromkeys(_MATMULS, Rule("contraction", matmul)),
     **dict.fromkeys((aten.addmm.default, aten.baddbmm.default), Rule("contraction", addmm)),
+    aten._grouped_mm.default: Rule("contraction", grouped_matmul),
     aten.einsum.default: Rule("contraction", einsum),
     **dict.fromkeys(
         (
@@ -195,3 +208,5 @@ RULES = {
     ),
     aten.scaled_dot_product_attention.default: Rule("attention", attention),
 }
+
+FOREIGN = {"transformers::grouped_mm_fallback": Rule("contraction", grouped_matmul)}

@@ -1,6 +1,6 @@
 """Operators that take parts of a tensor or put tensors together: split, slice, index, cat, stack, pad."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def split(flow: Flow, call: Call) -> list[Labels]:
 def _cut(flow: Flow, x: Labels, dim: int, start: int, shape: tuple[int, ...]) -> Labels:
     """The part of a tensor that begins at ``start`` along ``dim``."""
     planes = []
-    for plane in x.planes:
+    for plane in x.planes if shape[dim] else ():  # nothing has no labels
         part = plane.narrow(dim, start, shape[dim])
         if dim in support(plane) and shape[dim] < plane.shape[dim]:
             flow.part(part, dim)
@@ -42,27 +42,42 @@ def _cut(flow: Flow, x: Labels, dim: int, start: int, shape: tuple[int, ...]) ->
 
 def cat(flow: Flow, call: Call) -> Labels:
     """y = x_0, x_1, ... along ``dim``; across the other dimensions the operands are one."""
-    operands = [operand for operand in call["tensors"] if operand.shape != (0,)]
     dim = call.dim(len(call.shape))
-    others = [
-        Labels(
-            tuple(1 if d == dim else size for d, size in enumerate(operand.shape)),
-            tuple(plane.narrow(dim, 0, 1) for plane in operand.planes if dim not in support(plane)),
-        )
-        for operand in operands
-    ]
-    carried = [plane.expand(call.shape) for plane in flow.meet(others, others[0].shape).planes]
+    operands = [operand for operand in call["tensors"] if operand.shape != (0,) and operand.shape[dim]]
+    others = [_across(operand, dim) for operand in operands]
+    across = tuple(1 if d == dim else size for d, size in enumerate(call.shape))
+    carried = [plane.expand(call.shape) for plane in flow.meet(others, across).planes]
     if any(operand.along(dim) for operand in operands):
-        pieces = [piece(flow, operand, dim) for operand in operands]
+        rows = {d for operand in operands for plane in operand.along(dim) for d in support(plane)} - {dim}
+        pieces = [piece(flow, operand, dim, rows) for operand in operands]
         varying = {d for plane in pieces for d in support(plane)} | {dim}
         joined = torch.cat([narrowed(plane, varying) for plane in pieces], dim)
-        carried.append(settle(joined.expand(call.shape)))
+        joint = settle(joined.expand(call.shape))
+        for plane in pieces:
+            if rows and set(support(plane)) == rows:  # a row goes with the part of it that has no other label
+                flow.block(joint, sorted(rows), slabs=narrowed(plane.narrow(dim, 0, 1)).expand(call.shape))
+        carried.append(joint)
     return Labels(call.shape, tuple(carried))
 
 
-def piece(flow: Flow, operand: Labels, dim: int) -> Plane:
-    """The plane that ``operand`` brings along ``dim``; fixed atoms where it has none."""
-    planes = operand.along(dim)
+def _across(operand: Labels, dim: int) -> Labels:
+    """``operand`` seen from the other dimensions: those that a plane covers together with ``dim`` have size 1."""
+    joint = {d for plane in operand.along(dim) for d in support(plane)} | {dim}
+    rest = [plane for plane in operand.planes if dim not in support(plane)]
+    joint -= {d for plane in rest for d in support(plane)}
+    shape = tuple(1 if d in joint else size for d, size in enumerate(operand.shape))
+    return Labels(
+        shape,
+        tuple(plane[tuple(slice(0, 1) if d in joint else slice(None) for d in range(plane.dim()))] for plane in rest),
+    )
+
+
+def piece(flow: Flow, operand: Labels, dim: int, rows: Set[int] = frozenset()) -> Plane:
+    """The plane that ``operand`` brings along ``dim``; where it has none that of its rows, if those of others differ.
+
+    Without either its atoms are fixed.
+    """
+    planes = operand.along(dim) or tuple(plane for plane in operand.planes if rows and set(support(plane)) == rows)
     if planes:
         for extra in planes[1:]:
             flow.pin(extra, "a second set of labels meets a concatenation")
@@ -167,6 +182,19 @@ def index(flow: Flow, call: Call) -> Labels:
     return Labels(call.shape, tuple(planes))
 
 
+def gather(flow: Flow, call: Call) -> Labels:
+    """y[..., i, ...] = x[..., index[..., i, ...], ...] along ``dim``, which is frozen; elsewhere places are one."""
+    x, table = call["self"], call["index"]
+    dim = call.dim(len(x.shape))
+    cut = {d for d, size in enumerate(table.shape) if size != x.shape[d]} | {dim}
+    frozen = flow.freeze(x, cut, "is gathered by index", structural=True)
+    single = tuple(1 if d in cut else size for d, size in enumerate(x.shape))
+    planes = (
+        plane[tuple(slice(0, 1) if d in cut else slice(None) for d in range(plane.dim()))] for plane in frozen.planes
+    )
+    return flow.meet([Labels(single, tuple(planes)), table], call.shape)
+
+
 def scalar_index(flow: Flow, call: Call) -> Labels:
     """y = x[..., index, ...]: one index of a dimension is taken and the dimension is gone."""
     x = call["self"]
@@ -222,6 +250,7 @@ RULES = {
     aten.stack.default: Rule("concat", stack, moves=True),
     aten.embedding.default: Rule("index", embedding),
     aten.index.Tensor: Rule("index", index, moves=True),
+    aten.gather.default: Rule("index", gather),
     aten.unbind.int: Rule("split", unbind, moves=True),
     aten.select.int: Rule("slice", scalar_index, moves=True),
     aten.slice.Tensor: Rule("slice", sliced, moves=True),

@@ -65,7 +65,8 @@ _ELEMENTWISE = (
     aten.hardswish_.default, aten.relu6.default, aten.relu6_.default, aten.__and__.Tensor, aten.__or__.Tensor,
     aten.floor_divide.default, aten.negative.default, aten.subtract.Tensor, aten.multiply.Tensor,
     aten.multiply.Scalar, aten.subtract.Scalar, aten.hardswish.default, aten.masked_fill_.Scalar,
-    aten.masked_fill_.Tensor, aten.masked_fill.Scalar, aten.masked_fill.Tensor,
+    aten.masked_fill_.Tensor, aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.Scalar,
+    aten.where.ScalarOther, aten.where.ScalarSelf,
 )  # fmt: skip
 _ADD = (aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.sub_.Tensor)
 _MUL = (aten.mul.Tensor, aten.mul_.Tensor, aten.div.Tensor, aten.div_.Tensor)
