@@ -17,8 +17,9 @@ from torch.utils import _pytree as pytree
 
 from speedup.errors import CaptureError, first_line
 from speedup.inputs import ExampleInputs, attempts, batch_size, describe, split_inputs
+from speedup.normalise import normalise
 from speedup.parts import Parts, find_parts
-from speedup.program import evaluating, normalise, quiet, to_program
+from speedup.program import evaluating, quiet, to_program
 
 
 @dataclass(frozen=True)
@@ -152,12 +153,12 @@ def captured_from(program: ExportedProgram, model: nn.Module | None = None) -> C
     try:
         with quiet():
             graph_module = program.module(check_guards=False)
+            assert isinstance(graph_module, fx.GraphModule)
+            normalise(graph_module)
+            graph_module.recompile()
     except SyntaxError as error:
         line = (error.text or "").strip()
         raise CaptureError(f"{line}: a submodule is named like a word of Python. Give it another name.") from error
-    assert isinstance(graph_module, fx.GraphModule)
-    normalise(graph_module)
-    graph_module.recompile()
     args, kwargs = program.example_inputs
     return Captured(graph_module if model is None else model, graph_module, args, kwargs, program)
 

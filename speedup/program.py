@@ -11,8 +11,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.amp import autocast_mode
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, is_concrete_int
@@ -75,7 +74,7 @@ def _fact(error: Exception) -> str:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Puts ``models`` into eval mode; afterwards they are what they were: modes, attributes, hooks, contents of buffers.
+    """Puts ``models`` into eval mode; afterwards they are what they were: modes, attributes, hooks, buffers.
 
     What a forward puts into a container of its module (hooks that record outputs, a cache) is taken out again.
     """
@@ -123,48 +122,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-_REGIONS = (torch.ops.higher_order.wrap_with_set_grad_enabled, torch.ops.higher_order.wrap_with_autocast)
-"""The operators that ``torch.export`` makes of a ``with torch.no_grad()`` or ``with torch.autocast()`` in a forward."""
-
-
-def normalise(graph_module: fx.GraphModule) -> None:
-    """Makes views reshapes (whether a view is possible depends on type and device) and puts regions into the graph."""
-    for node in list(graph_module.graph.nodes):
-        if node.target is torch.ops.aten.view.default:
-            node.target = torch.ops.aten.reshape.default
-        elif node.target in _REGIONS:
-            _inline(graph_module, node)
-
-
-def _inline(graph_module: fx.GraphModule, region: fx.Node) -> None:
-    """Puts the nodes of a region into the graph, between calls that enter and leave its mode."""
-    place = next(i for i, argument in enumerate(region.args) if isinstance(argument, fx.Node))
-    settings, body, operands = region.args[:place], region.args[place], region.args[place + 1 :]
-    assert isinstance(body, fx.Node)
-    inner = graph_module.get_submodule(str(body.target))
-    assert isinstance(inner, fx.GraphModule)
-    normalise(inner)
-    graph = graph_module.graph
-    copies: dict[fx.Node, Any] = dict(zip(inner.graph.find_nodes(op="placeholder"), operands, strict=True))
-    with graph.inserting_before(region):
-        if region.target is _REGIONS[0]:
-            before = graph.call_function(torch.is_grad_enabled)
-            graph.call_function(torch._C._set_grad_enabled, settings)
-        else:
-            before = graph.call_function(autocast_mode._enter_autocast, settings)
-        for node in inner.graph.nodes:
-            if node.op == "output":
-                results = fx.node.map_arg(node.args[0], lambda n: copies[n])
-            elif node.op != "placeholder":
-                copies[node] = graph.node_copy(node, lambda n: copies[n])
-        leave = torch._C._set_grad_enabled if region.target is _REGIONS[0] else autocast_mode._exit_autocast
-        graph.call_function(leave, (before,))
-    for user in list(region.users):
-        user.replace_all_uses_with(results[user.args[1]])
-        graph.erase_node(user)
-    graph.erase_node(region)
-    if not body.users:
-        graph.erase_node(body)
-        graph_module.delete_submodule(str(body.target))

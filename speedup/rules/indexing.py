@@ -236,10 +236,10 @@ def embedding(flow: Flow, call: Call) -> Labels:
 
 
 _SPLITS = (
-    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes,
+    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes, aten.unsafe_split.Tensor,
     aten.tensor_split.sections, aten.tensor_split.indices,
 )  # fmt: skip
-_EQUAL_SPLITS = (aten.split.Tensor, aten.chunk.default, aten.tensor_split.sections)
+_EQUAL_SPLITS = (aten.split.Tensor, aten.unsafe_split.Tensor, aten.chunk.default, aten.tensor_split.sections)
 
 RULES = {
     **dict.fromkeys(_SPLITS, Rule("split", split, moves=True)),
