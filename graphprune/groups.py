@@ -101,7 +101,7 @@ def find_groups(analysis: Analysis) -> tuple[ChannelGroup, ...]:
     signature = _signatures(classes, axes)
     pinned = classes.pin_of >= 0
     blocks = [block for block in classes.blocks if len(block.members) > 1 and not pinned[block.members].all()]
-    unit_of, counted = find_units(signature, blocks)
+    unit_of, counted = find_units(signature, pinned, blocks)
     counting = counting_slabs(classes.count, counted)
     group_of = np.where(counting & (signature == 0), -1, _group_of(signature, pinned, counting, blocks))
     members, carriers = _members(analysis, axes, group_of)

@@ -15,12 +15,12 @@ _GROUPED = ("convolution", "group norm")
 """Kinds of blocks whose rows go whole only where that is the finer choice; rows of other slabs (heads) always may."""
 
 
-def find_units(signature: NDArray[np.uint64], blocks: Sequence[Block]) -> tuple[Index, list[Block]]:
+def find_units(signature: NDArray[np.uint64], pinned: Mask, blocks: Sequence[Block]) -> tuple[Index, list[Block]]:
     """Returns the unit of each class, and the blocks whose rows do not go whole but must keep equal numbers.
 
     Rows go whole together with their slabs, which blocks may share (the heads of queries, keys and values). Where two
     partitions cross (heads, and a scale shared by all heads) the first to come wins: slabs that no parameter carries,
-    then few rows.
+    then few rows. Rows that are all fixed can only be counted.
     """
     leaders: dict[int, int] = {}
     sharing: dict[int, list[Block]] = {}
@@ -41,7 +41,8 @@ def find_units(signature: NDArray[np.uint64], blocks: Sequence[Block]) -> tuple[
         grouped = any(block.kind in _GROUPED for block in family)
         lengths = [len(np.unique(units.of(block.members[0]))) for block in family]
         coarse = grouped and min(lengths) > 1 and any(len(b.members) < n for b, n in zip(family, lengths, strict=True))
-        if coarse or _cross(units, family):
+        fixed = all(pinned[block.slabs].all() for block in family if block.slabs is not None)
+        if fixed or coarse or _cross(units, family):
             counted += family
         else:
             units.unite(_rows(family, units.of))

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from speedup.capture import Captured, attribute
 from speedup.classes import Classes, solve
 from speedup.flow import Flow, Pin
-from speedup.labels import Index, Labels, Mask, Plane, support
+from speedup.labels import Index, Labels, Mask, Plane, core, flat, support
 from speedup.rules import Call, Rule, rule_for
 from speedup.symbolic import hint, sizes, symbolic_dims
 
@@ -127,7 +127,7 @@ def _labelled(
         if node.op == "get_attr":
             name = names.get(str(node.target), str(node.target))
             if name not in parameters:
-                parameters[name] = _parameter(flow, attribute(graph_module, name), name in joint)
+                parameters[name] = _parameter(flow, name, attribute(graph_module, name), name in joint)
             labels[node.name] = parameters[name]
         elif node.op == "placeholder":
             value = node.meta.get("val")
@@ -150,6 +150,8 @@ def _labelled(
 
 def _run(flow: Flow, call: Call, rule: Rule | None) -> Labels | list[Labels]:
     several = isinstance(call.node.meta["val"], list | tuple)
+    if rule is None or not rule.moves:
+        flow.read += [flat(core(plane)) for tensor in call.tensors() for plane in tensor.planes]
     if not several and 0 in call.shape:
         return Labels(call.shape)
     if rule is not None:
@@ -205,7 +207,7 @@ def tensor_names(*graph_modules: fx.GraphModule) -> dict[str, str]:
     return names
 
 
-def _parameter(flow: Flow, tensor: Tensor, joint: bool) -> Labels:
+def _parameter(flow: Flow, name: str, tensor: Tensor, joint: bool) -> Labels:
     """A parameter's labels: one plane for each dimension; a grouped weight has its second one for each output."""
     shape = tuple(tensor.shape)
     if not tensor.is_floating_point() and not tensor.is_complex():
@@ -213,7 +215,7 @@ def _parameter(flow: Flow, tensor: Tensor, joint: bool) -> Labels:
     spans = [[dim] for dim, size in enumerate(shape) if size > 1]
     if joint:
         spans = [[0, 1] if span == [1] else span for span in spans]
-    return Labels(shape, tuple(flow.mint(shape, span) for span in spans))
+    return Labels(shape, tuple(flow.store(shape, span, name) for span in spans))
 
 
 def _joint_parameters(nodes: list[fx.Node], names: Mapping[str, str]) -> set[str]:

@@ -190,6 +190,8 @@ def solve(flow: Flow) -> Classes:
     pin_of = np.full(count, -1, dtype=np.int64)
     for position in range(len(flow.pins) - 1, -1, -1):
         pin_of[of[flow.pins[position][1]]] = position
+    pins = tuple(pin for pin, _ in (*flow.pins, *flow.stored))
+    _pin_unread(flow, of, pin_of)
     _pin_rows(flow, of, pin_of)
     blocks: dict[tuple[object, ...], Block] = {}
     for block in flow.blocks:
@@ -201,7 +203,6 @@ def solve(flow: Flow) -> Classes:
         slabs = None if slabs is None else slabs[first]
         key = (block.kind, block.every, rows[first].tobytes(), rows.shape, None if slabs is None else slabs.tobytes())
         blocks.setdefault(key, replace(block, members=rows[first], slabs=slabs))
-    pins = tuple(pin for pin, _ in flow.pins)
     parts = {}
     for part in flow.parts:
         members = np.unique(of[part.members])
@@ -220,6 +221,16 @@ def _components(size: int, pairs: Sequence[tuple[Index, Index]]) -> tuple[Index,
     links = coo_array((np.ones(len(rows), dtype=np.int8), (rows, columns)), shape=(size, size))
     count, of = connected_components(links, directed=False)
     return of.astype(np.int64), int(count)
+
+
+def _pin_unread(flow: Flow, of: Index, pin_of: Index) -> None:
+    """Fixes what is stored and never computed with: positions beyond the length of the example, say."""
+    read = np.zeros(len(pin_of), dtype=np.bool_)
+    for atoms in flow.read:
+        read[of[atoms]] = True
+    for position, (_, atoms) in enumerate(flow.stored, start=len(flow.pins)):
+        unread = of[atoms][~read[of[atoms]]]
+        pin_of[unread] = np.where(pin_of[unread] >= 0, pin_of[unread], position)
 
 
 def _pin_rows(flow: Flow, of: Index, pin_of: Index) -> None:

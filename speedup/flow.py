@@ -87,6 +87,8 @@ class Flow:
         parts: What must not go all.
         training: Whether it is the graph of the training mode that runs.
         copies: First atom of every plane that only says which copy an element belongs to.
+        stored: The atoms of each parameter, with the reason to keep those that nothing computes with.
+        read: The atoms that some operator computes with.
     """
 
     size: int = 0
@@ -99,6 +101,8 @@ class Flow:
     parts: list[Part] = field(default_factory=list)
     training: bool = False
     copies: set[int] = field(default_factory=set)
+    stored: list[tuple[Pin, Index]] = field(default_factory=list)
+    read: list[Index] = field(default_factory=list)
 
     def mint(self, shape: Sequence[int], dims: Sequence[int]) -> Plane:
         """Returns a plane of new atoms that varies along ``dims``."""
@@ -106,6 +110,12 @@ class Flow:
         count = int(np.prod(sizes, dtype=np.int64))
         plane = torch.arange(self.size, self.size + count).reshape(sizes).expand(tuple(shape))
         self.size += count
+        return plane
+
+    def store(self, shape: Sequence[int], dims: Sequence[int], name: str) -> Plane:
+        """Returns a plane of new atoms for parameter ``name``: what only other inputs reach of it must stay."""
+        plane = self.mint(shape, dims)
+        self.stored.append((Pin(name, "is not used by inputs like the example", structural=True), flat(core(plane))))
         return plane
 
     def copy(self, shape: Sequence[int], dim: int) -> Plane:
@@ -254,6 +264,7 @@ class Flow:
         """
         shape = tuple(shape)
         planes = []
+        labels = self._nested_where_merged(labels, shape)
         for plane in self._without_merged_copies(labels, shape):
             varying = set(support(plane))
             moved = settle(plane.reshape(shape))
@@ -268,6 +279,23 @@ class Flow:
                     for depth in range(1, len(split)):
                         self.block(moved, outside + split[:depth])
         return Labels(shape, tuple(planes))
+
+    def _nested_where_merged(self, labels: Labels, shape: tuple[int, ...]) -> Labels:
+        """Returns ``labels`` with one plane where a merge would lay two that share dimensions over each other.
+
+        What they share then counts slabs of the second; of the first, what differs elsewhere goes together.
+        """
+        planes = list(labels.planes)
+        for old, _ in factor(labels.shape, shape):
+            for first, second in itertools.combinations(sorted(planes, key=lambda plane: len(support(plane))), 2):
+                dims, others = {*support(first)}, {*support(second)}
+                if dims & others & {*old} and dims - {*old} == others - {*old} and any(first is p for p in planes):
+                    planes = [plane for plane in planes if plane is not first]
+                    slabs = self.freeze(Labels(labels.shape, (first,)), dims - others, "is merged").planes[0]
+                    self.block(second, sorted(dims & others), slabs=slabs) if dims != others else self.unite(
+                        slabs, second
+                    )
+        return Labels(labels.shape, tuple(planes))
 
     def _without_merged_copies(self, labels: Labels, shape: tuple[int, ...]) -> list[Plane]:
         planes = []

@@ -64,7 +64,8 @@ def _is_composite(node: fx.Node) -> bool:
     """Whether a call is of an operator that PyTorch composes of others, and gives out tensors."""
     if not isinstance(node.target, OpOverload) or not _gives_tensors(node):
         return False
-    return torch._C._dispatch_has_kernel_for_dispatch_key(node.target.name(), "CompositeImplicitAutograd")
+    name = node.target.name()  # type: ignore[no-untyped-call]  # of torch
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
 
 
 def _gives_tensors(node: fx.Node) -> bool:
@@ -126,7 +127,7 @@ def _copies(graph: fx.Graph, inner: fx.Graph, operands: Sequence[Any]) -> dict[f
 
 def _replace(graph: fx.Graph, node: fx.Node, inner: fx.Graph, copies: Mapping[fx.Node, Any]) -> None:
     """Lets the users of ``node`` use what the copied graph gives out instead."""
-    results = fx.node.map_arg(inner.output_node().args[0], lambda n: copies[n])
+    results: Any = fx.node.map_arg(inner.output_node().args[0], lambda n: copies[n])
     if isinstance(results, fx.Node):
         node.replace_all_uses_with(results)
     else:

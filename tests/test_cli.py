@@ -206,7 +206,11 @@ def test_mistakes(place: Path, name: str) -> None:
         ("x = 1", [], "net.py: holds no model. Write a build_model() that returns one."),
         (NET, [], "net.py: offers no example_inputs(). Give shapes, as in --input 1x3x224x224."),
         (RAISES, [], "net.py: raises while the model is built at "),
-        (FAILS, [], "model: nothing can be pruned in what can be captured of it (stem, norm, body, head). Net: torch.export cannot"),
+        (
+            FAILS,
+            [],
+            "model: nothing can be pruned in what can be captured of it (stem, norm, body, head). Net: torch.export cannot",
+        ),
         (NAN, [], "body.weight: holds values that are not finite."),
         (NOTHING, [], "model: nothing can be pruned"),
         (FFT, ["--strict"], "fft_fft: operator aten.fft_fft.default has no rule. Leave out --strict"),
