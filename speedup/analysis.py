@@ -142,7 +142,7 @@ def _labelled(
         else:
             call = bind(node, labels, graph_module)
             rule = rule_for(node.target)
-            if rule is None:
+            if rule is None and any(tensor.planes for tensor in call.tensors()):
                 unknown.append(node)
             labels[node.name] = _run(flow, call, rule)
     return labels, unknown

@@ -104,11 +104,7 @@ def _split(remains: Remains) -> dict[str, Any]:
         return {}
     if target is aten.tensor_split.sections and parts == _sections(sum(parts), int(remains.call["sections"])):
         return {}
-    if (
-        target in (aten.split.Tensor, aten.unsafe_split.Tensor)
-        and parts[:-1] == parts[:1] * (len(parts) - 1)
-        and 0 < parts[-1] <= parts[0]
-    ):
+    if target is aten.split.Tensor and parts[:-1] == parts[:1] * (len(parts) - 1) and 0 < parts[-1] <= parts[0]:
         return {"split_size": parts[0]}
     return {"split_size" if target is aten.split.sizes else "split_sizes": parts}
 
@@ -224,7 +220,7 @@ _CONVOLUTIONS = (
 
 _SPLITS = (
     aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default,
-    aten.tensor_split.sections, aten.tensor_split.indices, aten.unsafe_split.Tensor,
+    aten.tensor_split.sections, aten.tensor_split.indices,
 )  # fmt: skip
 
 LITERALS: Mapping[Any, Callable[[Remains], dict[str, Any]]] = {

@@ -19,6 +19,8 @@ def execute(node: fx.Node, values: Mapping[str, Any]) -> Any:
     """Runs one call on exact values: floating types named in its arguments become double."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n.name])
     args, kwargs = pytree.tree_map(_exact_type, (tuple(args), dict(kwargs)))
+    if node.target in _SINGLE:
+        return _SINGLE[node.target](*args, **kwargs)
     if node.target in _UNSET:
         return torch.zeros_like(node.target(*args, **kwargs))
     if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
@@ -26,6 +28,20 @@ def execute(node: fx.Node, values: Mapping[str, Any]) -> Any:
             torch.manual_seed(0)  # both graphs draw the same numbers
             return node.target(*args, **kwargs)  # type: ignore[operator]  # call_function nodes hold callables
     return node.target(*args, **kwargs)  # type: ignore[operator]  # call_function nodes hold callables
+
+
+def _grouped_product(x: Tensor, weight: Tensor, offs: Tensor, *rest: Any) -> Tensor:
+    """y[t] = x[t] @ W[e] for the tokens t of expert e, which end at offs[e]; those after the last one get zeros."""
+    result = x.new_zeros(len(x), weight.shape[-1])
+    start = 0
+    for expert, end in zip(weight, offs.tolist(), strict=True):
+        result[start:end] = x[start:end] @ expert
+        start = end
+    return result
+
+
+_SINGLE: Mapping[Any, Callable[..., Any]] = {aten._grouped_mm.default: _grouped_product}
+"""Operators that PyTorch has for coarse types only, in double precision."""
 
 
 def _exact_type(value: Any) -> Any:

@@ -16,7 +16,26 @@ def linear(*sizes: int, **options: Any) -> nn.Linear:
     return nn.Linear(*sizes, **options)
 
 
+def experts(net: Net, x: Tensor) -> Tensor:
+    y = net.a(x).flatten(0, 1)
+    ends = (torch.tensor([1, 3, 5]) * x.shape[0]).to(torch.int32)
+    y = torch.ops.aten._grouped_mm.default(y, net.u, ends).relu()
+    return net.o(torch.ops.aten._grouped_mm.default(y, net.v, ends).unflatten(0, (x.shape[0], 5)))
+
+
+EXPERTS = (
+    Case(
+        "experts",
+        lambda: Net(experts, a=linear(12, 8), u=weight(3, 8, 16), v=weight(3, 16, 8), o=linear(8, 2)),
+        tokens(),
+        ("8: a.weight/0 a.bias/0 u/1", "16: u/2 v/1", "8: v/2 o.weight/1"),
+        {"u/0": "is an expert that the data choose", "v/0": "is an expert that the data choose"},
+    ),
+)
+"""From PyTorch 2.15 on: before, it has grouped products for numbers of 16 bits in multiples of 8 only."""
+
 PRODUCTS = (
+    *(EXPERTS if torch.__version__ >= (2, 15) else ()),
     Case(
         "linear_in_a_row",
         lambda: nn.Sequential(linear(12, 8), nn.ReLU(), linear(8, 6, bias=False), linear(6, 2)),

@@ -150,7 +150,51 @@ PERMUTES = (
     Case("flip_over_channels", lambda: Net(lambda n, x: n.o(n.a(x).flip(1, 2)), a=conv(3, 8), o=conv(8, 2)), image(), (A8,)),
 )  # fmt: skip
 
+
+def gathered(net: Net, x: Tensor) -> Tensor:
+    places = x.abs().sum(1, keepdim=True).argsort(-1)
+    return net.o(net.a(x).gather(3, places.expand(-1, 8, -1, -1)))
+
+
+def half_rotated(net: Net, x: Tensor) -> Tensor:
+    heads = net.a(x).unflatten(-1, (3, 4))
+    turned = torch.cat([heads[..., :2] * torch.arange(1.0, 3.0), heads[..., 2:]], -1)
+    return net.o(turned.flatten(-2))
+
+
 CUTS = (
+    Case(
+        "gather_over_space",
+        lambda: Net(gathered, a=conv(3, 8), o=conv(8, 2)),
+        image(),
+        (A8,),
+    ),
+    Case(
+        "gather_over_channels_pins",
+        lambda: Net(lambda n, x: n.o(n.a(x).gather(1, x.argsort(1))), a=conv(3, 8), o=conv(3, 2)),
+        image(),
+        (),
+        {"a.weight/0": "is gathered by index", "o.weight/1": ""},
+    ),
+    Case(
+        "positions_beyond_the_example",
+        lambda: Net(lambda n, x: n.o(n.a(x) + n.p[: x.shape[1]]), a=nn.Linear(12, 8), p=weight(9, 8), o=nn.Linear(8, 2)),
+        tokens(),
+        ("8: p/1 a.weight/0 a.bias/0 o.weight/1",),
+        {"p/0": "is not used by inputs like the example"},
+    ),
+    Case(
+        "heads_of_which_a_part_is_fixed",
+        lambda: Net(half_rotated, a=nn.Linear(12, 12), o=nn.Linear(12, 2)),
+        tokens(),
+        ("3: a.weight/0 a.bias/0 o.weight/1",),
+    ),
+    Case(
+        "nothing_is_cut_off",
+        lambda: Net(lambda n, x: n.o(torch.cat([n.a(x)[:, :8], n.a(x)[:, 8:]], 1)), a=conv(3, 8), o=conv(8, 2)),
+        image(),
+        (A8,),
+    ),
     Case(
         "split_then_add",
         lambda: Net(lambda n, x: n.o(sum(n.a(x).split(4, 1))), a=conv(3, 8), o=conv(4, 2)),

@@ -74,6 +74,16 @@ CASES = (
         image(),
         (AB8,),
     ),
+    Case(
+        "where_with_numbers",
+        lambda: Net(
+            lambda n, x: n.o(torch.where(n.a(x) > 0, n.a(x), 0.5) + torch.where(n.a(x) > 0, 2.0, n.a(x)) * torch.where(n.a(x) > 1, 2.0, 3.0)),
+            a=conv(3, 8),
+            o=conv(8, 2),
+        ),
+        image(),
+        (A8,),
+    ),
     Case("copy_into_a_tensor", lambda: Net(copied, a=conv(3, 8), b=conv(3, 8), o=conv(8, 2)), image(), (AB8,)),
     Case(
         "add_into_a_slice",

@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Mapping
 
+import torch
 from test_rules import trace
 
 from speedup.rules import RULES
@@ -11,13 +12,13 @@ TOPICS = ("movement", "pointwise", "contraction", "norm", "recurrent", "meeting"
 
 UNTRIED: Mapping[str, str] = {
     "aten.view.default": "capture turns it into a reshape",
-    "aten.contiguous.default": "export leaves it out",
     "aten.requires_grad_.default": "export leaves it out",
     "aten.to.other": "export names the type instead",
     "aten.sym_constrain_range_for_size.default": "stands at sizes that depend on data",
     "aten.linspace.Scalar_Tensor": "from Python the ends are numbers",
     "aten.linspace.Tensor_Scalar": "from Python the ends are numbers",
     "aten.linspace.Tensor_Tensor": "from Python the ends are numbers",
+    **({} if torch.__version__ >= (2, 15) else {"aten._grouped_mm.default": "takes no float32 before PyTorch 2.15"}),
 }
 """Entries of the tables that no case reaches, and why. Overloads for `out` and for generators do not come from export."""
 

@@ -47,17 +47,17 @@ def cat(flow: Flow, call: Call) -> Labels:
     others = [_across(operand, dim) for operand in operands]
     across = tuple(1 if d == dim else size for d, size in enumerate(call.shape))
     carried = [plane.expand(call.shape) for plane in flow.meet(others, across).planes]
-    if any(operand.along(dim) for operand in operands):
-        rows = {d for operand in operands for plane in operand.along(dim) for d in support(plane)} - {dim}
-        pieces = [piece(flow, operand, dim, rows) for operand in operands]
-        varying = {d for plane in pieces for d in support(plane)} | {dim}
-        joined = torch.cat([narrowed(plane, varying) for plane in pieces], dim)
-        joint = settle(joined.expand(call.shape))
-        for plane in pieces:
-            if rows and set(support(plane)) == rows:  # a row goes with the part of it that has no other label
-                flow.block(joint, sorted(rows), slabs=narrowed(plane.narrow(dim, 0, 1)).expand(call.shape))
-        carried.append(joint)
-    return Labels(call.shape, tuple(carried))
+    if not any(operand.along(dim) for operand in operands):
+        return Labels(call.shape, tuple(carried))
+    rows = {d for operand in operands for plane in operand.along(dim) for d in support(plane)} - {dim}
+    pieces = [piece(flow, operand, dim, rows) for operand in operands]
+    varying = {d for plane in pieces for d in support(plane)} | {dim}
+    joined = settle(torch.cat([narrowed(plane, varying) for plane in pieces], dim).expand(call.shape))
+    for plane in pieces:
+        if rows and set(support(plane)) == rows:  # the labels of its rows are among those of what is joined
+            flow.block(joined, sorted(rows), slabs=narrowed(plane.narrow(dim, 0, 1)).expand(call.shape))
+            carried = [other for other in carried if set(support(other)) != rows]
+    return Labels(call.shape, (*carried, joined))
 
 
 def _across(operand: Labels, dim: int) -> Labels:
@@ -236,10 +236,10 @@ def embedding(flow: Flow, call: Call) -> Labels:
 
 
 _SPLITS = (
-    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes, aten.unsafe_split.Tensor,
+    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes,
     aten.tensor_split.sections, aten.tensor_split.indices,
 )  # fmt: skip
-_EQUAL_SPLITS = (aten.split.Tensor, aten.unsafe_split.Tensor, aten.chunk.default, aten.tensor_split.sections)
+_EQUAL_SPLITS = (aten.split.Tensor, aten.chunk.default, aten.tensor_split.sections)
 
 RULES = {
     **dict.fromkeys(_SPLITS, Rule("split", split, moves=True)),
