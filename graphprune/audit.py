@@ -13,6 +13,7 @@ from graphprune import folder as files
 from graphprune.archive import read_program
 from graphprune.blueprint import Blueprint
 from graphprune.budget import cost
+from graphprune.checkpoint import INDEX, SINGLE
 from graphprune.errors import ConfigError, ModelError
 from graphprune.weights import read_weights
 from speedup.agreement import compare, tensors
@@ -52,6 +53,11 @@ def audit(folder: Path, progress: Callable[[str], None] = lambda name: None) -> 
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder. Name one that graphprune compress wrote.")
+    if any((folder / name).is_file() for name in (SINGLE, INDEX)):
+        raise ConfigError(
+            f"{folder}: holds a shrunk checkpoint, which was compared with its original when it was written. "
+            "Compress that again to compare again."
+        )
     if not (folder / files.PLAN).is_file():
         raise ConfigError(f"{folder}: holds no {files.PLAN}. Name a folder that graphprune compress wrote.")
     return tuple(_findings(folder, progress))

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from speedup.capture import Captured, attribute
 from speedup.inputs import batch_size
+from speedup.program import beside
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def cost(module: fx.GraphModule, captured: Captured) -> Cost:
         try:
             with FakeTensorMode(allow_non_fake_inputs=True) as mode:
                 counting = _Counting(module, mode.from_tensor)
-                counting.run(*captured.flat_inputs(), enable_io_processing=False)
+                counting.run(*beside(module, captured.flat_inputs()), enable_io_processing=False)
         except DynamicOutputShapeException:  # a mask as an index: how many it takes is no shape
             counting = _Counting(module, Tensor.clone)
             counting.run(*captured.flat_inputs(), enable_io_processing=False)

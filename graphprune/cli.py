@@ -24,7 +24,8 @@ from graphprune.drawing import write_graph
 from graphprune.errors import ConfigError
 from graphprune.progress import StageDisplay
 from graphprune.report import describe_groups
-from graphprune.source import load_source
+from graphprune.source import load_skeleton, load_source
+from graphprune.stream import deliver_checkpoint
 from speedup.errors import ProofError, SpeedupError
 from speedup.latency import DEFAULT_LIMITS, benchmark, to_csv
 from speedup.probe import profile
@@ -116,6 +117,16 @@ def compress_command(
     seed: Seed = 0,
     inputs: Inputs = None,
     weights: Weights = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of safetensors as on the Hugging Face hub: its weights are shrunk into the folder --out, "
+            "tensor by tensor; MODEL is built without weights."
+        ),
+    ] = None,
+    no_proof: Annotated[
+        bool, typer.Option("--no-proof", help="With --checkpoint: do not compute; the plan alone is checked.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="<name>-pruned")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
     opset: Annotated[int | None, typer.Option(help="Of the ONNX files.")] = None,
@@ -137,6 +148,30 @@ def compress_command(
         seed=seed,
         strict=strict,
     )
+    given = {"--weights": weights, "--opset": opset, "--threads": threads, "--device": device != "cpu"}
+    if checkpoint is not None and (unfit := [option for option, value in given.items() if value]):
+        raise ConfigError(f"{unfit[0]}: is not for checkpoints, of which only the weights are written. Leave it out.")
+    if no_proof and checkpoint is None:
+        raise ConfigError("--no-proof: is for checkpoints larger than the memory. Leave it out.")
+    if checkpoint is not None:
+        with _silent_stdout(as_json), StageDisplay() as progress:
+            progress("load")
+            name, skeleton, example = load_skeleton(model, inputs=inputs or (), seed=seed)
+            folder = out or Path(f"{name}-pruned")
+            report = deliver_checkpoint(
+                skeleton,
+                example,
+                checkpoint,
+                folder,
+                request,
+                prove_it=not no_proof,
+                force=force,
+                text=model,
+                command=("graphprune", *context.obj),
+                progress=progress,
+            )
+        _show(report if as_json else tables.compression(report, folder))
+        return
     with _silent_stdout(as_json), StageDisplay() as progress:
         progress("load")
         source = load_source(model, inputs=inputs or (), weights=weights, seed=seed, device=device)

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from graphprune.budget import Cost, cost
 from graphprune.config import Request, closest
@@ -18,7 +18,7 @@ from graphprune.groups import ChannelGroup, Member
 from graphprune.report import Report, build_report
 from graphprune.select import Selection, select
 from speedup.analysis import Analysis, analyse
-from speedup.capture import attribute, capture
+from speedup.capture import Captured, attribute, capture
 from speedup.inputs import ExampleInputs
 from speedup.plan import ShrinkPlan
 from speedup.planning import make_plan
@@ -96,8 +96,32 @@ def compress(
     stage = Stages(progress)
 
     captured = stage("capture", capture, model, example_inputs)
+    dependencies, selection, plan, block = planned(captured, request, stage)
+    shrunk = stage("shrink", shrink, captured, plan)
+    proof = stage("verify", prove, dependencies.analysis, selection.live, plan, shrunk.graph, seed=request.seed)
+    costs = stage("count", costs_of, captured, shrunk)
+    report = build_report(
+        request=request,
+        block=block,
+        dependencies=dependencies,
+        selection=selection,
+        shrunk=shrunk,
+        proof=proof,
+        costs=costs,
+        seconds=stage.seconds,
+    )
+    return Result(shrunk.model, plan, report, dependencies, selection, shrunk)
+
+
+def planned(captured: Captured, request: Request, stage: Stages) -> tuple[DependencyGraph, Selection, ShrinkPlan, int]:
+    """Returns what goes together, what was chosen, the plan of that, and what was rounded to.
+
+    Raises:
+        ConfigError: An option makes no sense for this model.
+        ModelError: Nothing can be pruned, or the weights are not numbers.
+    """
     analysis = stage("analyse", analyse, captured)
-    _check(analysis, request)
+    stage("check", _check, analysis, request)
     dependencies = stage("group", find_dependencies, analysis)
     scores = stage("score", CRITERIA[request.criterion], analysis, request.seed)
     block = stage("probe", _preferred_block) if request.round_to == "auto" else request.round_to
@@ -113,21 +137,12 @@ def compress(
         spared=_spared(analysis, request),
     )
     _check_something_goes(dependencies, selection, request)
-    plan = stage("plan", make_plan, analysis, selection.live)
-    shrunk = stage("shrink", shrink, captured, plan)
-    proof = stage("verify", prove, analysis, selection.live, plan, shrunk.graph, seed=request.seed)
-    costs = stage("count", _costs, analysis, shrunk)
-    report = build_report(
-        request=request,
-        block=block,
-        dependencies=dependencies,
-        selection=selection,
-        shrunk=shrunk,
-        proof=proof,
-        costs=costs,
-        seconds=stage.seconds,
-    )
-    return Result(shrunk.model, plan, report, dependencies, selection, shrunk)
+    return dependencies, selection, stage("plan", make_plan, analysis, selection.live), block
+
+
+def costs_of(captured: Captured, shrunk: Shrunk) -> tuple[Cost, Cost]:
+    """Returns what the captured graph and the shrunk one cost."""
+    return cost(captured.graph_module, captured), cost(shrunk.graph, captured)
 
 
 def _preferred_block() -> int:
@@ -136,20 +151,25 @@ def _preferred_block() -> int:
     return preferred_block()
 
 
-def _costs(analysis: Analysis, shrunk: Shrunk) -> tuple[Cost, Cost]:
-    return cost(analysis.captured.graph_module, analysis.captured), cost(shrunk.graph, analysis.captured)
-
-
 def _check(analysis: Analysis, request: Request) -> None:
     """Refuses weights that are not numbers and, if strict, operators without a rule."""
     for name in analysis.parameters:
-        tensor = attribute(analysis.captured.graph_module, name)
-        learned = isinstance(tensor, nn.Parameter)  # a buffer may hold a mask of -inf
-        if tensor.is_floating_point() and bool((~tensor.isfinite() if learned else tensor.isnan()).any()):
+        held = attribute(analysis.captured.graph_module, name)
+        learned = isinstance(held, nn.Parameter)  # a buffer may hold a mask of -inf
+        tensor = analysis.captured.tensor(name).detach()
+        if tensor.is_floating_point() and not _numbers(tensor, learned):
             raise ModelError(f"{name}: holds values that are not finite. Load weights that are.")
     if request.strict and analysis.unknown:
         node = analysis.unknown[0]
         raise ModelError(f"{node.name}: operator {node.target} has no rule. Leave out --strict to pin what reaches it.")
+
+
+def _numbers(tensor: Tensor, finite: bool) -> bool:
+    """Whether no element is nan, nor infinite if ``finite``."""
+    flat = tensor.reshape(-1)
+    step = 1 << 24  # so that little memory is needed
+    parts = (flat[start : start + step] for start in range(0, len(flat), step))
+    return not any(bool((~part.isfinite() if finite else part.isnan()).any()) for part in parts)
 
 
 def _spared(analysis: Analysis, request: Request) -> Callable[[ChannelGroup], str | None]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from speedup.analysis import Analysis
 from speedup.capture import attribute
-from speedup.labels import Index, Plane, core, support
+from speedup.labels import Index, Plane, support
 from speedup.rules.call import raw_argument
 
 Scores = NDArray[np.float64]
@@ -64,7 +64,7 @@ def bn_scale(analysis: Analysis, seed: int) -> Scores:
         if not isinstance(weight, torch.fx.Node) or weight.op != "get_attr":
             continue
         name = analysis.aliases[str(weight.target)]
-        gamma = attribute(analysis.captured.graph_module, name).detach().double().abs().cpu()
+        gamma = analysis.captured.tensor(name).detach().double().abs().cpu()
         for plane in analysis.parameters[name].planes:
             others = [dim for dim in range(gamma.dim()) if dim not in support(plane)]
             where = analysis.classes.plane(plane)
@@ -82,25 +82,22 @@ CRITERIA: Mapping[str, Criterion] = {"l1": l1, "l2": l2, "fpgm": fpgm, "bn_scale
 
 
 def _weights(analysis: Analysis) -> Iterator[tuple[Tensor, Plane]]:
-    """Every learned weight of two dimensions or more with each of its planes."""
+    """Every learned weight of two dimensions or more with each of its planes that is not fixed, one after the other."""
+    pinned: Index = analysis.classes.pin_of
     for name, labels in analysis.parameters.items():
-        tensor = attribute(analysis.captured.graph_module, name)
-        if isinstance(tensor, nn.Parameter) and tensor.dim() > 1:
-            for plane in labels.planes:
-                yield tensor.detach(), plane
+        held = attribute(analysis.captured.graph_module, name)
+        planes = [plane for plane in labels.planes if (pinned[analysis.classes.plane(plane)] < 0).any()]
+        if isinstance(held, nn.Parameter) and held.dim() > 1 and planes:
+            tensor = analysis.captured.tensor(name).detach()
+            weight = tensor.float() if tensor.dtype.itemsize < 4 else tensor
+            for plane in planes:
+                yield weight, plane
 
 
 def _summed(analysis: Analysis, score: Callable[[Tensor, list[int]], Tensor]) -> Scores:
     """Adds up for each class what ``score`` says of a weight after reducing the dimensions it is given."""
     scores = np.zeros(analysis.classes.count)
-    pinned: Index = analysis.classes.pin_of
     for weight, plane in _weights(analysis):
-        kept = support(plane)
-        where = analysis.classes.of[core(plane).numpy()]
-        if (pinned[where] >= 0).all():
-            continue
-        others = [dim for dim in range(weight.dim()) if dim not in kept]
-        np.add.at(
-            scores, where, score(weight.float() if weight.dtype.itemsize < 4 else weight, others).double().cpu().numpy()
-        )
+        others = [dim for dim in range(weight.dim()) if dim not in support(plane)]
+        np.add.at(scores, analysis.classes.plane(plane), score(weight, others).double().cpu().numpy())
     return scores

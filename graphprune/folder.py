@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.blueprint import Blueprint
+from graphprune.checkpoint import INDEX, SINGLE, Checkpoint, fill
 from graphprune.errors import ConfigError, ModelError
 from graphprune.weights import load_weights
 from speedup.capture import Captured, capture
@@ -96,6 +97,8 @@ def check_free(folder: Path, *, force: bool) -> None:
 def load(folder: Path | str, model: nn.Module, example_inputs: ExampleInputs | None = None) -> nn.Module:
     """Returns the shrunk model from a folder that ``graphprune compress`` wrote, ready to train; no pickle is read.
 
+    From a checkpoint the weights are read one by one into tensors of the types that ``model`` has.
+
     Args:
         folder: The folder.
         model: A fresh instance of the class that was compressed, with any weights; it is not changed.
@@ -112,7 +115,10 @@ def load(folder: Path | str, model: nn.Module, example_inputs: ExampleInputs | N
         shrunk = _as_module(model, blueprint)
     else:
         shrunk = _as_graph(model, blueprint, example_inputs)
-    load_weights(shrunk, folder / WEIGHTS)
+    if (folder / WEIGHTS).is_file() or not any((folder / name).is_file() for name in (SINGLE, INDEX)):
+        load_weights(shrunk, folder / WEIGHTS)
+    else:
+        fill(shrunk, Checkpoint.open(folder), blueprint.dense.keys())
     return shrunk.train(model.training)
 
 

@@ -40,7 +40,7 @@ def build_report(
     dependencies: DependencyGraph,
     selection: Selection,
     shrunk: Shrunk,
-    proof: Proof,
+    proof: Proof | None,
     costs: tuple[Cost, Cost],
     seconds: Mapping[str, float],
 ) -> Report:
@@ -65,7 +65,7 @@ def build_report(
             "obstacle": shrunk.obstacle,
             "repairs": [asdict(repair) for repair in shrunk.repairs],
         },
-        "proof": asdict(proof),
+        "proof": None if proof is None else asdict(proof),
         "seconds": dict(seconds),
         "versions": versions(),
     }

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from graphprune.config import closest
 from graphprune.errors import ConfigError, ModelError
+from graphprune.skeleton import Skeleton, parameters_on_meta
 from graphprune.weights import load_weights
 from speedup.inputs import ExampleInputs
 
@@ -88,6 +89,22 @@ def load_source(
         example_inputs=example,
         evaluate=_guarded(evaluate, folder, text) if callable(evaluate) else None,
     )
+
+
+def load_skeleton(text: str, *, inputs: Sequence[str] = (), seed: int = 0) -> tuple[str, Skeleton, ExampleInputs]:
+    """Returns what to call the model that ``text`` names, the model without its weights, and example inputs.
+
+    Arguments and errors are those of :func:`load_source`.
+    """
+    path, name = _split(text)
+    folder = path.parent.resolve() if path else Path.cwd()
+    with torch.random.fork_rng(devices=[]), _importing_from(folder):
+        torch.manual_seed(seed)
+        with parameters_on_meta():
+            module = _import_file(path, text) if path else _import_package(text.rpartition(":")[0], text)
+        skeleton = Skeleton.of(lambda: _build(module, name, text))
+        example = _drawn(inputs, skeleton.model) if inputs else _offered(module, text)
+    return name.rpartition(".")[2] or Path(str(module.__file__)).stem, skeleton, example
 
 
 def _split(text: str) -> tuple[Path | None, str]:

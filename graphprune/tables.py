@@ -28,6 +28,10 @@ _FILES = {
 }
 
 
+_ONNX = "model.onnx"
+_OF_CHECKPOINTS = {name: _FILES[name] for name in ("plan.json", "report.json")}
+
+
 def compression(report: Report, folder: Path) -> RenderableType:
     """Returns what a compression did, what was proven and where everything is."""
     parts: list[RenderableType] = [_groups(report["groups"]), _summary(report)]
@@ -109,8 +113,13 @@ def _summary(report: Report) -> RenderableType:
         table.add_row(
             name, _short(change["dense"]), _short(change["shrunk"]), _times(change["dense"], change["shrunk"])
         )
-    dense, small = (report["files"][name]["bytes"] for name in ("dense.onnx", "model.onnx"))
-    table.add_row("ONNX file", _bytes(dense), _bytes(small), _times(dense, small))
+    if "checkpoint" in report:
+        sizes = report["checkpoint"]["bytes"]
+        what, dense, small = "weights", sizes["dense"], sizes["shrunk"]
+    else:
+        dense, small = (report["files"][name]["bytes"] for name in ("dense.onnx", "model.onnx"))
+        what = "ONNX file"
+    table.add_row(what, _bytes(dense), _bytes(small), _times(dense, small))
     if report["latency"]:
         before, after = report["latency"]["models"]
         ratio = after["speedup"]
@@ -159,6 +168,8 @@ def _form(report: Report) -> str:
 
 def _proof(report: Report) -> str:
     proof = report["proof"]
+    if proof is None:
+        return "Not proven: the shapes follow from the plan; nothing was computed, as was asked (--no-proof)."
     return (
         f"Proven: all {proof['nodes']} nodes of the shrunk graph equal those of the masked original "
         f"(difference {proof['difference']:.1g}, allowed {proof['tolerance']:.0e})."
@@ -166,15 +177,27 @@ def _proof(report: Report) -> str:
 
 
 def _warnings(report: Report) -> list[str]:
-    unused = [f"{name} is used by no forward and stays as it is." for name in report["unused"][:3]]
+    unused = _of_config(report) + [f"{name} is used by no forward and stays as it is." for name in report["unused"][:3]]
     exported = [f"{name}: {one['note']}" for name, one in report["exports"].items() if one["note"]]
     return unused + exported + list(report["latency"]["warnings"] if report["latency"] else ())
 
 
+def _of_config(report: Report) -> list[str]:
+    """What became of the config.json of a checkpoint."""
+    config = report.get("checkpoint", {}).get("config")
+    if not config:
+        return []
+    if config["written"]:
+        changed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in config["changed"].items())
+        return [f"config.json: {changed or 'as it was'}."]
+    return [f"there is no new config.json, because {config['reason']}. graphprune.load builds the model."]
+
+
 def _files(sizes: Mapping[str, int], folder: Path) -> RenderableType:
     table = _table(escape(f"{folder}/"), ">size", "")
-    for name, purpose in _FILES.items():
-        table.add_row(name, _bytes(sizes[name]) if name in sizes else "", purpose)
+    purposes = _FILES if _ONNX in sizes else {**dict.fromkeys(sizes, ""), **_OF_CHECKPOINTS}
+    for name, purpose in purposes.items():
+        table.add_row(escape(name), _bytes(sizes[name]) if name in sizes else "", purpose)
     return table
 
 

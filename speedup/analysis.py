@@ -1,9 +1,9 @@
 """Runs the rules over a captured graph: which channels are one, which are fixed, and what must stay rectangular."""
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -102,15 +102,20 @@ def analyse(captured: Captured) -> Analysis:
     names = tensor_names(captured.graph_module, *filter(None, [captured.training]))
     parameters: dict[str, Labels] = {}
     end = "is an output of the model" if captured.parts is None else "leaves a part that could be captured"
-    labels, unknown = _labelled(flow, captured.graph_module, names, parameters, end)
+    labels, unknown = _labelled(flow, captured.graph_module, names, parameters, captured.known, end)
     if captured.training is not None:
         flow.training = True
-        _labelled(flow, captured.training, names, parameters, end)
+        _labelled(flow, captured.training, names, parameters, partial(attribute, captured.training), end)
     return Analysis(captured, labels, parameters, names, solve(flow), tuple(unknown))
 
 
 def _labelled(
-    flow: Flow, graph_module: fx.GraphModule, names: Mapping[str, str], parameters: dict[str, Labels], end: str
+    flow: Flow,
+    graph_module: fx.GraphModule,
+    names: Mapping[str, str],
+    parameters: dict[str, Labels],
+    known: Callable[[str], Any],
+    end: str,
 ) -> tuple[dict[str, Any], list[fx.Node]]:
     """Returns the labels of every node of a graph, and the nodes without a rule; adds the ``parameters`` it meets.
 
@@ -140,7 +145,7 @@ def _labelled(
         elif not isinstance(node.meta.get("val"), Tensor | list | tuple):
             labels[node.name] = hint(node.meta.get("val"))
         else:
-            call = bind(node, labels, graph_module)
+            call = bind(node, labels, known)
             rule = rule_for(node.target)
             if rule is None and any(tensor.planes for tensor in call.tensors()):
                 unknown.append(node)
@@ -166,8 +171,14 @@ def _run(flow: Flow, call: Call, rule: Rule | None) -> Labels | list[Labels]:
     return unlabelled if several else unlabelled[0]
 
 
-def bind(node: fx.Node, labels: Mapping[str, Any], graph_module: fx.GraphModule) -> Call:
-    """Returns the call of ``node`` with every argument by name, tensors as labels and numbers as in the example."""
+def bind(node: fx.Node, labels: Mapping[str, Any], known: Callable[[str], Any]) -> Call:
+    """Returns the call of ``node`` with every argument by name, tensors as labels and numbers as in the example.
+
+    Args:
+        node: A call of an operator.
+        labels: Labels of every node before it.
+        known: What the tensor of a name holds.
+    """
     schema = node.target._schema.arguments  # type: ignore[union-attr]  # call_function nodes hold OpOverloads
     given = dict(zip((argument.name for argument in schema), node.args, strict=False)) | node.kwargs
     raw = {
@@ -178,11 +189,12 @@ def bind(node: fx.Node, labels: Mapping[str, Any], graph_module: fx.GraphModule)
     constants: dict[str, Any] = {}
     for name, value in raw.items():
         if isinstance(value, fx.Node) and value.op == "get_attr":
-            constants[name] = attribute(graph_module, str(value.target))
+            constants[name] = known(str(value.target))
         elif isinstance(value, list | tuple):
-            known = {i: item for i, item in enumerate(value) if isinstance(item, fx.Node) and item.op == "get_attr"}
-            if known:
-                constants[name] = {i: attribute(graph_module, str(item.target)) for i, item in known.items()}
+            held = {i: item for i, item in enumerate(value) if isinstance(item, fx.Node) and item.op == "get_attr"}
+            if held:
+                constants[name] = _contents({i: known(str(item.target)) for i, item in held.items()})
+    constants = _contents(constants)
     value = node.meta["val"]
     outputs = value if isinstance(value, list | tuple) else [value]
     values = {name: fx.node.map_arg(item, lambda n: labels[n.name]) for name, item in raw.items()}
@@ -193,6 +205,13 @@ def bind(node: fx.Node, labels: Mapping[str, Any], graph_module: fx.GraphModule)
         tuple(symbolic_dims(output) for output in outputs if isinstance(output, Tensor)),
         constants,
     )
+
+
+def _contents(constants: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What is known of ``constants``: tensors on the meta device hold nothing."""
+    hollow = (value for value in constants.values() if isinstance(value, Tensor) and value.is_meta)
+    unknown = {id(None), *map(id, hollow)}
+    return {key: value for key, value in constants.items() if id(value) not in unknown}
 
 
 def tensor_names(*graph_modules: fx.GraphModule) -> dict[str, str]:

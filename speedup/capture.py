@@ -6,6 +6,7 @@ qualified name of every parameter and the line of Python that made each node.
 
 import copy
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from speedup.errors import CaptureError, first_line
 from speedup.inputs import ExampleInputs, attempts, batch_size, describe, split_inputs
 from speedup.normalise import normalise
 from speedup.parts import Parts, find_parts
-from speedup.program import evaluating, quiet, to_program
+from speedup.program import beside, evaluating, is_hollow, quiet, to_program
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Captured:
         training: The graph of the training mode, where that uses parameters which evaluation does not (auxiliary
             heads); None if it does not, or cannot be captured.
         parts: How the model is captured that cannot be whole; ``args`` are the inputs of the parts then. None if it is.
+        read: Gives what a tensor holds by its name, or None if it does not know, where the model itself is on the meta
+            device and holds nothing.
     """
 
     model: nn.Module
@@ -44,6 +47,26 @@ class Captured:
     program: ExportedProgram
     training: fx.GraphModule | None = None
     parts: Parts | None = None
+    read: Callable[[str], Tensor | None] | None = None
+
+    def tensor(self, name: str) -> Tensor:
+        """Returns what the tensor ``name`` of the graph holds; only as long as the caller keeps it is it in memory.
+
+        Raises:
+            CaptureError: It is on the meta device, and nothing else says what it holds.
+        """
+        held: Tensor = attribute(self.graph_module, name)
+        found = held if not held.is_meta else self.read(name) if self.read is not None else None
+        if found is None:
+            raise CaptureError(f"{name}: is on the meta device and holds nothing. Give the model with its weights.")
+        return found
+
+    def known(self, name: str) -> Any:
+        """What is registered under ``name``; of a model on the meta device what its buffers hold, if that is known."""
+        held = attribute(self.graph_module, name)
+        if not isinstance(held, Tensor) or not held.is_meta:
+            return held
+        return self.read(name) if self.read is not None and not isinstance(held, nn.Parameter) else None
 
     def entry(self, model: nn.Module) -> nn.Module:
         """Returns what takes the inputs of the graph: ``model``, the captured one or its like, or its parts."""
@@ -85,7 +108,8 @@ class Captured:
 def capture(model: nn.Module, example_inputs: ExampleInputs) -> Captured:
     """Returns ``model`` as a graph, with an open batch if its code allows one.
 
-    The model is captured in eval mode and is left as it was.
+    The model is captured in eval mode and is left as it was. It may be on the meta device, whatever the inputs are on:
+    then nothing is computed.
 
     Args:
         model: Any module that ``torch.export`` can capture, whole or in parts.
@@ -104,7 +128,8 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Captured:
     with evaluating(model):
         try:
             with torch.no_grad():
-                model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+                some_args, some_kwargs = beside(model, copy.deepcopy((args, kwargs)))
+                model(*some_args, **some_kwargs)
         except Exception as error:  # whatever the user's code raises is the user's to read
             raise CaptureError(
                 f"{type(model).__name__}: raises {type(error).__name__} on the example inputs ({first_line(error)}). "
@@ -113,7 +138,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Captured:
         try:
             captured = _captured(model, model, args, kwargs)
         except CaptureError as error:
-            parts = find_parts(model, args, kwargs, str(error))
+            parts = None if is_hollow(model) else find_parts(model, args, kwargs, str(error))
             if parts is None:
                 raise
             captured = replace(_captured(model, parts.entry(model), parts.calls, {}), parts=parts)
@@ -129,9 +154,13 @@ def _captured(model: nn.Module, entry: nn.Module, args: tuple[Any, ...], kwargs:
     refusal: CaptureError | None = None
     for some_args, some_kwargs, dynamic in attempts(args, kwargs):
         try:
-            return captured_from(to_program(entry, some_args, some_kwargs, dynamic=dynamic), model)
+            captured = captured_from(to_program(entry, some_args, some_kwargs, dynamic=dynamic), model)
         except CaptureError as error:
             refusal = refusal or error
+            continue
+        if is_hollow(model):  # the program has inputs without content as well
+            captured = replace(captured, args=some_args, kwargs=some_kwargs)
+        return captured
     assert refusal is not None
     raise refusal
 

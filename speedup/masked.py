@@ -16,9 +16,9 @@ _UNSET = (aten.empty.memory_format, aten.new_empty.default, aten.empty_like.defa
 
 
 def execute(node: fx.Node, values: Mapping[str, Any]) -> Any:
-    """Runs one call on exact values: floating types named in its arguments become double."""
+    """Runs one call on exact values: floating types named in its arguments become double, devices the CPU."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n.name])
-    args, kwargs = pytree.tree_map(_exact_type, (tuple(args), dict(kwargs)))
+    args, kwargs = pytree.tree_map(_exact, (tuple(args), dict(kwargs)))
     if node.target in _SINGLE:
         return _SINGLE[node.target](*args, **kwargs)
     if node.target in _UNSET:
@@ -44,7 +44,9 @@ _SINGLE: Mapping[Any, Callable[..., Any]] = {aten._grouped_mm.default: _grouped_
 """Operators that PyTorch has for coarse types only, in double precision."""
 
 
-def _exact_type(value: Any) -> Any:
+def _exact(value: Any) -> Any:
+    if isinstance(value, torch.device):
+        return torch.device("cpu")
     return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
 
 

@@ -39,7 +39,7 @@ def make_plan(analysis: Analysis, live: Mask) -> ShrinkPlan:
         rewrite = LITERALS.get(node.target)
         if rewrite is None:
             continue
-        remains = Remains(analysis, live, bind(node, analysis.labels, analysis.captured.graph_module))
+        remains = Remains(analysis, live, bind(node, analysis.labels, analysis.captured.known))
         if all(classes.live_mask(labels, live) is None for labels in _around(remains)):
             continue
         new = {name: value for name, value in rewrite(remains).items() if value != _as_list(remains.raw(name))}

@@ -36,7 +36,7 @@ def to_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     """
     name = type(model).__name__
     # One tensor that is given twice would become one input.
-    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+    args, kwargs = beside(model, pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs)))
     batch = batch_size((args, kwargs))
     parameters = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     shapes = pytree.tree_map(lambda leaf: {0: Dim.AUTO} if carries_batch(leaf, batch) else None, parameters)
@@ -62,6 +62,16 @@ def to_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         if dynamic and carries_batch(leaf, batch) and is_concrete_int(values[place].shape[0]):
             raise CaptureError(f"{name}: its code makes a number of the batch of {place}. Leave it a size.")
     return program
+
+
+def beside(model: nn.Module, inputs: Any) -> Any:
+    """Returns ``inputs`` on the meta device if ``model`` is on it, else as they are."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), inputs) if is_hollow(model) else inputs
+
+
+def is_hollow(model: nn.Module) -> bool:
+    """Whether ``model`` is on the meta device, where tensors have shapes and hold nothing."""
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 def _fact(error: Exception) -> str:

@@ -5,7 +5,8 @@ that no zero, no tie and no fresh batch norm can hide a mistake. The masked orig
 by its live mask; norms and means count what is left.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +50,19 @@ class Proof:
     batch: int
 
 
-def prove(analysis: Analysis, live: Mask, plan: ShrinkPlan, shrunk: ShrunkGraph, *, seed: int = 0) -> Proof:
+def prove(
+    analysis: Analysis,
+    live: Mask,
+    plan: ShrinkPlan,
+    shrunk: ShrunkGraph,
+    *,
+    seed: int = 0,
+    written: Callable[[str], Tensor] | None = None,
+) -> Proof:
     """Proves that ``shrunk`` equals the captured model with everything but ``live`` masked.
+
+    Tensors are read when they are needed and dropped after their last use: the largest of them, in double precision,
+    is about what it takes of memory.
 
     Args:
         analysis: The captured model and its labels.
@@ -58,11 +70,12 @@ def prove(analysis: Analysis, live: Mask, plan: ShrinkPlan, shrunk: ShrunkGraph,
         plan: The plan that ``shrunk`` was made with.
         shrunk: The rewritten graph.
         seed: Of the perturbation of parameters and inputs.
+        written: Gives what each shrunk tensor holds by its name, where ``shrunk`` is on the meta device.
 
     Raises:
         ProofError: They differ; the message names the first node at which they do.
     """
-    run = _Lockstep(analysis, live, plan, shrunk, seed)
+    run = _Lockstep(analysis, live, plan, shrunk, seed, written)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)  # of tensors that the graph makes without naming a type
     try:
@@ -90,13 +103,20 @@ def verify(model: nn.Module, plan: ShrinkPlan, example_inputs: ExampleInputs, *,
 
 
 class _Lockstep:
-    def __init__(self, analysis: Analysis, live: Mask, plan: ShrinkPlan, shrunk: ShrunkGraph, seed: int) -> None:
-        self.analysis, self.live, self.plan, self.shrunk = analysis, live, plan, shrunk
+    def __init__(
+        self,
+        analysis: Analysis,
+        live: Mask,
+        plan: ShrinkPlan,
+        shrunk: ShrunkGraph,
+        seed: int,
+        written: Callable[[str], Tensor] | None,
+    ) -> None:
+        self.analysis, self.live, self.plan, self.shrunk, self.written = analysis, live, plan, shrunk, written
         self.names = tensor_names(analysis.captured.graph_module)
-        generator = torch.Generator().manual_seed(seed)
-        graph_module = analysis.captured.graph_module
-        self.perturbed = {name: perturbed(attribute(graph_module, name), generator) for name in analysis.parameters}
+        self.seeds = {name: seed + place for place, name in enumerate(analysis.parameters, 1)}
         self.sizes: dict[str, float] = {}  # largest magnitude of each node's value
+        generator = torch.Generator().manual_seed(seed)
         self.inputs = [_exact(varied(_on_cpu(leaf), generator)) for leaf in analysis.captured.flat_inputs()]
 
     def proof(self) -> Proof:
@@ -107,15 +127,13 @@ class _Lockstep:
         small: dict[str, Any] = {}
         inputs = iter(self.inputs)
         worst, where, compared = 0.0, "", 0
-        for node in self.shrunk.graph.nodes:
+        for node in _late(self.shrunk.graph, dense_nodes):
             twin = dense_nodes.get(node.name)
             if node.op == "placeholder":
                 value = next(inputs)
                 dense[node.name], small[node.name] = _fresh(value), _fresh(value)
             elif node.op == "get_attr":
-                small[node.name] = self._small_tensor(node)
-                if twin is not None:
-                    dense[node.name] = self._dense_tensor(twin)
+                small[node.name], dense[node.name] = self._held(node)
             elif node.op == "output":
                 if str(node.args) != str(self.analysis.captured.nodes[-1].args):
                     raise ProofError("output: the shrunk graph returns other nodes. Compress the model again.")
@@ -135,24 +153,25 @@ class _Lockstep:
         batch = batch_size(self.analysis.captured.flat_inputs())
         return Proof(compared, worst, where, TOLERANCE, batch)
 
-    def _dense_tensor(self, node: fx.Node) -> Any:
-        value = attribute(self.analysis.captured.graph_module, str(node.target))
-        if not isinstance(value, Tensor):
-            return value
-        name = self.names.get(str(node.target), str(node.target))
-        tensor = self.perturbed[name]
-        mask = self.analysis.classes.live_mask(self.analysis.parameters[name], self.live)
-        return tensor.clone() if mask is None else tensor * mask
-
-    def _small_tensor(self, node: fx.Node) -> Any:
+    def _held(self, node: fx.Node) -> tuple[Any, Any]:
+        """A tensor, perturbed: cut for the shrunk graph, masked for the dense one."""
         value = attribute(self.shrunk, str(node.target))
         name = self.names.get(str(node.target))
         if not isinstance(value, Tensor) or name is None:
-            return value
-        dense = attribute(self.analysis.captured.graph_module, name)
-        if not torch.equal(_exact(self.plan.cut(name, dense)), _exact(value)):
+            return value, value
+        given = self.analysis.captured.tensor(name).detach()
+        if value.is_meta and self.written is not None:
+            value = self.written(name)
+        cut = self.plan.cut(name, given)
+        if cut.dtype != value.dtype or not torch.equal(cut, value.to(cut.device)):
             raise ProofError(f"{node.name}: {name} does not hold what the plan keeps of it. Compress the model again.")
-        return _fresh(self.plan.cut(name, self.perturbed[name]))
+        del cut, value
+        exact = perturbed(given, torch.Generator().manual_seed(self.seeds[name]))
+        small = _fresh(self.plan.cut(name, exact))
+        mask = self.analysis.classes.live_mask(self.analysis.parameters[name], self.live)
+        if exact is given:  # what is not perturbed is still the user's
+            exact = exact.clone()
+        return small, exact if mask is None else exact.mul_(mask)
 
     def _call(self, node: fx.Node, values: Mapping[str, Any]) -> Any:
         try:
@@ -218,8 +237,7 @@ class _Lockstep:
         else:
             floor = 1e-4 * max((self.sizes.get(source.name, 0.0) for source in node.all_input_nodes), default=0.0)
             far = relative_difference(expected, small, floor)
-            finite = expected[expected.isfinite()].abs()
-            size = float(finite.max()) if finite.numel() else 0.0
+            size = _largest(expected)
             self.sizes[node.name] = size if size > 1e-6 * floor else 1e4 * floor  # what cancelled out is rounding
         if not far <= TOLERANCE:
             raise ProofError(
@@ -256,6 +274,28 @@ def _fresh(value: Any) -> Any:
 def _is_in_place(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and bool(schema.is_mutable)
+
+
+def _largest(value: Tensor) -> float:
+    """The largest magnitude of a finite element; 0 without one."""
+    if value.numel() and not value.is_complex():
+        low, high = map(float, value.aminmax())
+        if math.isfinite(low) and math.isfinite(high):
+            return max(-low, high)
+    finite = value[value.isfinite()].abs()
+    return float(finite.max()) if finite.numel() else 0.0
+
+
+def _late(graph: fx.Graph, twins: Mapping[str, fx.Node]) -> list[fx.Node]:
+    """The nodes of a graph in an order in which they can run: tensors are read where they or their twins are needed."""
+    own = {node.name: node for node in graph.nodes}
+    order: dict[str, None] = {}
+    for node in graph.nodes:
+        if node.op != "get_attr":
+            users = [user for user in (node, twins.get(node.name)) if user is not None]
+            read = [source.name for user in users for source in user.all_input_nodes if source.op == "get_attr"]
+            order |= dict.fromkeys([*read, node.name])
+    return [own[name] for name in order]
 
 
 def _last_uses(graph: fx.Graph) -> dict[str, list[str]]:

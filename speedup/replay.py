@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from speedup.capture import attribute, source_line
 from speedup.inputs import with_batch
+from speedup.program import beside
 from speedup.rules.call import raw_argument
 
 aten = torch.ops.aten
@@ -31,7 +32,9 @@ class _Constant:
     tensor: Tensor
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Constant) and torch.equal(self.tensor, other.tensor)
+        if not isinstance(other, _Constant) or self.tensor.is_meta or other.tensor.is_meta:
+            return isinstance(other, _Constant) and self.tensor is other.tensor  # without content only itself is equal
+        return torch.equal(self.tensor, other.tensor)
 
     __hash__ = None  # type: ignore[assignment]  # content has none
 
@@ -135,7 +138,8 @@ def first_difference(
     """
     for batch in batches:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-            fakes = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in with_batch(list(inputs), batch)]
+            given = beside(one, with_batch(list(inputs), batch))
+            fakes = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in given]
             runs = []
             try:
                 for module in (one, other):

@@ -19,7 +19,7 @@ from speedup.errors import PlanError, first_line
 from speedup.inputs import with_batch
 from speedup.numeric import perturbed, relative_difference, varied
 from speedup.plan import ShrinkPlan
-from speedup.program import evaluating, quiet, to_program
+from speedup.program import beside, evaluating, is_hollow, quiet, to_program
 from speedup.repair import Repair, fewest, find_repairs, repaired
 from speedup.replay import first_difference
 
@@ -45,7 +45,8 @@ def shrink(captured: Captured, plan: ShrinkPlan) -> Shrunk:
     """Returns the shrunk model: the user's class if its Python code then does what the rewritten graph does.
 
     That is checked, not assumed: by numbers on the example inputs at two batch sizes, and call by call in the graph of
-    the class, captured again. Attributes get a new value only where it is needed for that.
+    the class, captured again; on the meta device, where there are no numbers, by the calls alone. Attributes get a new
+    value only where it is needed for that.
     """
     graph = shrink_graph(captured, plan)
     for module in captured.graph_module.modules():
@@ -55,7 +56,8 @@ def shrink(captured: Captured, plan: ShrinkPlan) -> Shrunk:
 
     def fits(repairs: tuple[Repair, ...]) -> bool:
         entry = captured.entry(repaired(captured.model, swaps, repairs))
-        obstacles.append(difference(entry, graph, captured) or _training_error(entry, captured))
+        compared = _other_calls if is_hollow(captured.model) else difference
+        obstacles.append(compared(entry, graph, captured) or _training_error(entry, captured))
         return obstacles[-1] is None
 
     repairs = fewest(find_repairs(captured, plan), fits)
@@ -77,19 +79,20 @@ def shrink(captured: Captured, plan: ShrinkPlan) -> Shrunk:
     return Shrunk(graph, graph, (), obstacle)
 
 
-def _other_calls(entry: nn.Module, graph: ShrunkGraph, captured: Captured) -> str:
-    """Where the graph of ``entry``, captured again, does something else than ``graph``; empty if nowhere."""
+def _other_calls(entry: nn.Module, graph: ShrunkGraph, captured: Captured) -> str | None:
+    """Where the graph of ``entry``, captured again, does something else than ``graph``; None if nowhere."""
     args, kwargs = captured.args, captured.kwargs
     with evaluating(entry), quiet():
         try:
             with torch.no_grad():
-                entry(*copy.deepcopy(args), **copy.deepcopy(kwargs))  # what it makes once and keeps is made now
+                some_args, some_kwargs = beside(entry, copy.deepcopy((args, kwargs)))
+                entry(*some_args, **some_kwargs)  # what it makes once and keeps is made now
             program = to_program(entry, args, kwargs, dynamic=captured.fixed_batch is None)
         except Exception as error:  # noqa: BLE001  # whatever the user's code raises
             return f"{_last_line_of(error)}: {first_line(error)}"
         again = captured_from(program, entry).graph_module
     owned = {id(tensor) for tensor in (*entry.parameters(), *entry.buffers())}
-    return first_difference(graph, again, captured.flat_inputs(), batches=captured.batches, owned=owned)
+    return first_difference(graph, again, captured.flat_inputs(), batches=captured.batches, owned=owned) or None
 
 
 def _swaps(captured: Captured, plan: ShrinkPlan, graph: ShrunkGraph) -> dict[int, Tensor]:
@@ -114,6 +117,7 @@ def _training_error(entry: nn.Module, captured: Captured) -> str | None:
 
 def _raised_in_training(module: nn.Module, captured: Captured) -> Exception | None:
     module, args, kwargs = copy.deepcopy((module, captured.args, captured.kwargs))
+    args, kwargs = beside(module, (args, kwargs))
     try:
         with torch.no_grad(), quiet():
             module.train()(*args, **kwargs)
@@ -134,8 +138,9 @@ def _bare_norms(module: nn.Module, captured: Captured) -> tuple[Repair, ...]:
 
     hooks = [norm.register_forward_pre_hook(partial(note, name)) for name, norm in norms.items()]
     if hooks:
+        args, kwargs = beside(module, copy.deepcopy((captured.args, captured.kwargs)))
         with evaluating(module), torch.no_grad(), quiet():
-            captured.entry(module)(*copy.deepcopy(captured.args), **copy.deepcopy(captured.kwargs))
+            captured.entry(module)(*args, **kwargs)
     for hook in hooks:
         hook.remove()
     return tuple(found.values())

@@ -30,7 +30,7 @@ HOMES = {
     "torch.export": {"graphprune/archive.py", "speedup/capture.py", "speedup/export.py", "speedup/program.py"},
     "rich": {"graphprune/cli.py", "graphprune/progress.py", "graphprune/tables.py"},
     "typer": {"graphprune/cli.py"},
-    "safetensors": {"graphprune/weights.py"},
+    "safetensors": {"graphprune/checkpoint.py", "graphprune/weights.py"},
     "matplotlib": {"graphprune/drawing.py"},
 }
 
