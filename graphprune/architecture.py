@@ -75,6 +75,10 @@ def _resized(config: Mapping[str, Any], dense: Shapes, shrunk: Shapes, plan: Shr
     if after.get("vocabulary", told["vocabulary"]) != told["vocabulary"]:
         raise _UncertainError("the vocabulary would shrink")
     heads, keys = (after[size] // head for size in ("queries", "keys"))
+    if after["hidden"] % heads:
+        raise _UncertainError(
+            f"a hidden_size of {after['hidden']} is no multiple of {heads} heads, as it has to be there"
+        )
     new = {
         "hidden_size": after["hidden"],
         "intermediate_size": after["inner"],

@@ -5,6 +5,7 @@ of them are vectorised over the channels of the whole model: they return one num
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -21,6 +22,9 @@ Scores = NDArray[np.float64]
 CriterionName = Literal["l1", "l2", "fpgm", "bn_scale", "random"]
 Criterion = Callable[[Analysis, int], Scores]
 
+_PART = 1 << 24
+"""Elements that are worked on at once."""
+
 aten = torch.ops.aten
 _NORMS = (
     aten.batch_norm.default,
@@ -33,18 +37,19 @@ _NORMS = (
 
 def l1(analysis: Analysis, seed: int) -> Scores:
     """Sum |W_c| over every coupled slice (Li et al., Pruning Filters for Efficient ConvNets, 2017)."""
-    return _summed(analysis, lambda weight, dims: weight.abs().sum(dims) if dims else weight.abs())
+    return _summed(analysis, partial(_in_parts, Tensor.abs))
 
 
 def l2(analysis: Analysis, seed: int) -> Scores:
     """sqrt(sum W_c^2) over every coupled slice."""
-    return np.sqrt(_summed(analysis, lambda weight, dims: weight.square().sum(dims) if dims else weight.square()))
+    return np.sqrt(_summed(analysis, partial(_in_parts, Tensor.square)))
 
 
 def fpgm(analysis: Analysis, seed: int) -> Scores:
     """sum_j norm2(W_c - W_j): slices close to the geometric median go first (He et al., FPGM, 2019)."""
 
     def spread(weight: Tensor, dims: list[int]) -> Tensor:
+        weight = _single(weight)
         kept = [dim for dim in range(weight.dim()) if dim not in dims]  # two: the inputs of each output of a group
         slices = weight.permute(*kept, *dims).reshape(*(weight.shape[dim] for dim in kept), -1).double()
         norms = slices.square().sum(-1)
@@ -81,6 +86,19 @@ def random(analysis: Analysis, seed: int) -> Scores:
 CRITERIA: Mapping[str, Criterion] = {"l1": l1, "l2": l2, "fpgm": fpgm, "bn_scale": bn_scale, "random": random}
 
 
+def _in_parts(of: Callable[[Tensor], Tensor], weight: Tensor, dims: list[int]) -> Tensor:
+    """Sums ``of`` every element over ``dims``, some rows at a time: a large weight needs little memory besides itself."""
+    rows = max(1, _PART // max(1, weight[:1].numel()))
+    parts = (of(_single(weight[start : start + rows])) for start in range(0, len(weight), rows))
+    sums = [part.sum(dims) if dims else part for part in parts]
+    return torch.stack(sums).sum(0) if 0 in dims else torch.cat(sums)
+
+
+def _single(weight: Tensor) -> Tensor:
+    """``weight`` in single precision at least."""
+    return weight.float() if weight.dtype.itemsize < 4 else weight
+
+
 def _weights(analysis: Analysis) -> Iterator[tuple[Tensor, Plane]]:
     """Every learned weight of two dimensions or more with each of its planes that is not fixed, one after the other."""
     pinned: Index = analysis.classes.pin_of
@@ -88,8 +106,7 @@ def _weights(analysis: Analysis) -> Iterator[tuple[Tensor, Plane]]:
         held = attribute(analysis.captured.graph_module, name)
         planes = [plane for plane in labels.planes if (pinned[analysis.classes.plane(plane)] < 0).any()]
         if isinstance(held, nn.Parameter) and held.dim() > 1 and planes:
-            tensor = analysis.captured.tensor(name).detach()
-            weight = tensor.float() if tensor.dtype.itemsize < 4 else tensor
+            weight = analysis.captured.tensor(name).detach()
             for plane in planes:
                 yield weight, plane
 

@@ -85,8 +85,8 @@ def _other_calls(entry: nn.Module, graph: ShrunkGraph, captured: Captured) -> st
     with evaluating(entry), quiet():
         try:
             with torch.no_grad():
-                some_args, some_kwargs = beside(entry, copy.deepcopy((args, kwargs)))
-                entry(*some_args, **some_kwargs)  # what it makes once and keeps is made now
+                if not is_hollow(entry):
+                    entry(*copy.deepcopy(args), **copy.deepcopy(kwargs))  # what it makes once and keeps is made now
             program = to_program(entry, args, kwargs, dynamic=captured.fixed_batch is None)
         except Exception as error:  # noqa: BLE001  # whatever the user's code raises
             return f"{_last_line_of(error)}: {first_line(error)}"
