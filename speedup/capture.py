@@ -20,7 +20,7 @@ from speedup.errors import CaptureError, first_line
 from speedup.inputs import ExampleInputs, attempts, batch_size, describe, split_inputs
 from speedup.normalise import normalise
 from speedup.parts import Parts, find_parts
-from speedup.program import beside, evaluating, is_hollow, quiet, to_program
+from speedup.program import evaluating, is_hollow, quiet, to_program
 
 
 @dataclass(frozen=True)

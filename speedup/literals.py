@@ -95,6 +95,11 @@ def _groups(name: str) -> Callable[[Remains], dict[str, Any]]:
     return rewrite
 
 
+def _shuffled(remains: Remains) -> dict[str, Any]:
+    rows = remains.alive(remains.call["self"], 1).reshape(int(remains.call["groups"]), -1)
+    return {"groups": int(rows.any(axis=1).sum())}
+
+
 def _split(remains: Remains) -> dict[str, Any]:
     """Equal parts stay with the operator; others become explicit sizes."""
     dim = remains.call.dim(len(remains.call.shape))
@@ -236,6 +241,7 @@ LITERALS: Mapping[Any, Callable[[Remains], dict[str, Any]]] = {
     **dict.fromkeys((aten.layer_norm.default, aten.rms_norm.default), _normalized_shape),
     **dict.fromkeys(_CONVOLUTIONS, _groups("groups")),
     aten.group_norm.default: _groups("num_groups"),
+    aten.channel_shuffle.default: _shuffled,
     **dict.fromkeys(_SPLITS, _split),
     aten.slice.Tensor: _slice,
     aten.select.int: _select,

@@ -19,8 +19,8 @@ def execute(node: fx.Node, values: Mapping[str, Any]) -> Any:
     """Runs one call on exact values: floating types named in its arguments become double, devices the CPU."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n.name])
     args, kwargs = pytree.tree_map(_exact, (tuple(args), dict(kwargs)))
-    if node.target in _SINGLE:
-        return _SINGLE[node.target](*args, **kwargs)
+    if node.target in _EXACTLY:
+        return _EXACTLY[node.target](*args, **kwargs)
     if node.target in _UNSET:
         return torch.zeros_like(node.target(*args, **kwargs))
     if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
@@ -40,8 +40,17 @@ def _grouped_product(x: Tensor, weight: Tensor, offs: Tensor, *rest: Any) -> Ten
     return result
 
 
-_SINGLE: Mapping[Any, Callable[..., Any]] = {aten._grouped_mm.default: _grouped_product}
-"""Operators that PyTorch has for coarse types only, in double precision."""
+def _distances(x: Tensor, other: Tensor, p: float = 2.0, *rest: Any) -> Tensor:
+    """Distances, not by a product of the two: that cancels out."""
+    found: Tensor = aten.cdist.default(x, other, p, 2)
+    return found
+
+
+_EXACTLY: Mapping[Any, Callable[..., Any]] = {
+    aten._grouped_mm.default: _grouped_product,
+    aten.cdist.default: _distances,
+}
+"""In double precision, operators that PyTorch has for coarse types only or computes coarsely."""
 
 
 def _exact(value: Any) -> Any:

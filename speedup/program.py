@@ -98,7 +98,9 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     ]
     was_training = [(model, model.training) for model in models]
     buffers = [(module, name, buffer) for module in modules for name, buffer in module.named_buffers(recurse=False)]
-    contents = [(buffer._version, buffer.detach().clone()) for _, _, buffer in buffers]
+    tables = [module for module in modules if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+    bounded = [table.weight for table in tables if table.max_norm is not None]  # a lookup shortens what is too long
+    contents = [(tensor._version, tensor.detach().clone()) for tensor in (*(b for *_, b in buffers), *bounded)]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
         for model in models:
@@ -115,10 +117,11 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
         for container, filled in containers:
             container.clear()
             container.extend(filled) if isinstance(container, list) else container.update(filled)
-        for (module, name, buffer), (edition, content) in zip(buffers, contents, strict=True):
+        for module, name, buffer in buffers:
             module._buffers[name] = buffer
-            if buffer._version != edition:
-                buffer.data.copy_(content)
+        for tensor, (edition, content) in zip((*(b for *_, b in buffers), *bounded), contents, strict=True):
+            if tensor._version != edition:
+                tensor.data.copy_(content)
 
 
 @contextmanager

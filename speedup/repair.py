@@ -72,6 +72,9 @@ def _recurrent_sizes(module: Any) -> dict[str, Any]:
 
 STANDARD_SIZES: Mapping[type[nn.Module], Callable[[Any], dict[str, Any]]] = {
     nn.modules.conv._ConvNd: _convolution_sizes,
+    nn.Bilinear: lambda module: dict(
+        zip(("out_features", "in1_features", "in2_features"), module.weight.shape, strict=True)
+    ),
     nn.RNNBase: _recurrent_sizes,
     nn.RNNCellBase: lambda module: {"input_size": module.weight_ih.shape[1], "hidden_size": module.weight_hh.shape[1]},
     nn.Linear: lambda module: {"out_features": module.weight.shape[0], "in_features": module.weight.shape[1]},
@@ -80,6 +83,7 @@ STANDARD_SIZES: Mapping[type[nn.Module], Callable[[Any], dict[str, Any]]] = {
     nn.LayerNorm: _vector_length("normalized_shape"),
     nn.RMSNorm: _vector_length("normalized_shape"),
     nn.Embedding: lambda module: {"embedding_dim": module.weight.shape[1]},
+    nn.EmbeddingBag: lambda module: {"embedding_dim": module.weight.shape[1]},
     nn.PReLU: _vector_length("num_parameters"),
     nn.MultiheadAttention: lambda module: {
         "embed_dim": module.out_proj.weight.shape[0],

@@ -103,11 +103,74 @@ PRODUCTS = (
         ("4: a.weight/0 a.bias/0 b.weight/0 b.bias/0 o.weight/1",),
     ),
     Case(
-        "einsum_with_an_ellipsis_pins",
-        lambda: Net(lambda n, x: n.p(n.o(torch.einsum("...c,cd->...d", n.a(x), n.w))), a=linear(12, 8), w=weight(8, 6), o=linear(6, 4), p=linear(4, 2)),
+        "einsum_with_an_ellipsis",
+        lambda: Net(lambda n, x: n.o(torch.einsum("...c,cd->...d", n.a(x), n.w)), a=linear(12, 8), w=weight(8, 6), o=linear(6, 2)),
+        tokens(),
+        ("8: a.weight/0 a.bias/0 w/0", "6: w/1 o.weight/1"),
+    ),
+    Case(
+        "einsum_with_an_ellipsis_that_is_channels",
+        lambda: Net(lambda n, x: n.o(torch.einsum("b n ..., ... -> b n ...", n.a(x), n.w)), a=linear(12, 8), w=weight(8), o=linear(8, 2)),
+        tokens(),
+        ("8: a.weight/0 a.bias/0 w/0 o.weight/1",),
+    ),
+    Case(
+        "einsum_with_an_ellipsis_that_is_summed",
+        lambda: Net(lambda n, x: n.o(torch.einsum("...c,dc->bd".replace("...", "bn"), n.a(x), n.w) + torch.einsum("b...,d...->bd", n.a(x), n.v)), a=linear(12, 8), w=weight(6, 8), v=weight(6, 5, 8), o=linear(6, 2)),
+        tokens(),
+        ("8: a.weight/0 a.bias/0 w/1 v/2", "6: w/0 v/0 o.weight/1"),
+        {"v/1": "multiplied by a tensor whose size is fixed"},
+    ),
+    Case(
+        "einsum_with_ellipses_of_different_length",
+        lambda: Net(lambda n, x: n.o(torch.einsum("...c,...cd->...d", n.a(x), n.w)), a=linear(12, 8), w=weight(5, 8, 6), o=linear(6, 2)),
+        tokens(),
+        ("8: a.weight/0 a.bias/0 w/1", "6: w/2 o.weight/1"),
+        {"w/0": ""},
+    ),
+    Case(
+        "einsum_without_an_arrow",
+        lambda: Net(lambda n, x: n.o(torch.einsum("...c,cA", n.a(x), n.w)), a=linear(12, 8), w=weight(8, 6), o=linear(6, 2)),
+        tokens(),
+        ("8: a.weight/0 a.bias/0 w/0", "6: w/1 o.weight/1"),
+    ),
+    Case(
+        "einsum_with_a_diagonal_pins",
+        lambda: Net(lambda n, x: n.p(n.o(torch.einsum("...c,cc->...c", n.a(x), n.w))), a=linear(12, 8), w=weight(8, 8), o=linear(8, 4), p=linear(4, 2)),
         tokens(),
         ("4: o.weight/0 o.bias/0 p.weight/1",),
-        {"a.weight/0": "ellipsis", "w/1": "einsum"},
+        {"a.weight/0": "takes a diagonal", "w/1": "takes a diagonal"},
+    ),
+    Case(
+        "bilinear",
+        lambda: Net(lambda n, x: n.o(n.c(n.a(x), n.b(x))), a=linear(12, 8), b=linear(12, 6), c=nn.Bilinear(8, 6, 4), o=linear(4, 2)),
+        tokens(),
+        ("8: a.weight/0 a.bias/0 c.weight/1", "6: b.weight/0 b.bias/0 c.weight/2", "4: c.weight/0 c.bias/0 o.weight/1"),
+    ),
+    Case(
+        "bilinear_form",
+        lambda: Net(lambda n, x: n.o(n.c(n.a(x), n.a(x))), a=linear(12, 8), c=nn.Bilinear(8, 8, 4, bias=False), o=linear(4, 2)),
+        tokens(),
+        ("8: a.weight/0 a.bias/0 c.weight/1 c.weight/2", "4: c.weight/0 o.weight/1"),
+    ),
+    Case(
+        "distances",
+        lambda: Net(lambda n, x: n.o(torch.cdist(n.a(x), n.b(x)) + torch.cdist(n.a(x), n.w, p=1.0)), a=linear(12, 8), b=linear(12, 8), w=weight(5, 8), o=linear(5, 2)),
+        tokens(),
+        ("8: a.weight/0 a.bias/0 b.weight/0 b.bias/0 w/1",),
+    ),
+    Case(
+        "distances_of_many_points_to_themselves",
+        lambda: Net(lambda n, x: n.o(torch.cdist(n.a(x), n.a(x))), a=linear(12, 8), o=linear(30, 2)),
+        torch.randn(2, 30, 12),
+        ("8: a.weight/0 a.bias/0",),
+        mixes=True,  # in single precision they are not zero
+    ),
+    Case(
+        "similarity",
+        lambda: Net(lambda n, x: n.o(n.a(x) * F.cosine_similarity(n.a(x), n.w, -1)[..., None]), a=linear(12, 8), w=weight(8), o=linear(8, 2)),
+        tokens(),
+        ("8: a.weight/0 a.bias/0 w/0 o.weight/1",),
     ),
 )  # fmt: skip
 

@@ -267,7 +267,15 @@ REDUCTIONS = (
         lambda: Net(lambda n, x: n.p(n.o(F.fractional_max_pool2d(n.a(x), 2, (6, 6)))), a=conv(3, 8, 1), o=conv(8, 6), p=conv(6, 2)),
         torch.randn(2, 3, 9, 9),
         (HEAD,),
-        {"a.weight/0": ""},
+        {"a.weight/0": "drawn for each channel"},
+        mixes=True,  # it is never the same
+    ),
+    Case(
+        "fractional_pooling_of_volumes_pins",
+        lambda: Net(lambda n, x: n.p(n.o(F.fractional_max_pool3d(n.a(x), 2, (3, 3, 3)))), a=nn.Conv3d(3, 8, 1), o=nn.Conv3d(8, 6, 1), p=nn.Conv3d(6, 2, 1)),
+        torch.randn(2, 3, 5, 5, 5),
+        ("6: o.weight/0 o.bias/0 p.weight/1",),
+        {"a.weight/0": "drawn for each channel"},
         mixes=True,  # it is never the same
     ),
     Case("maximum_of_all_pins", gated(lambda x: x.max() - x.min()), image(), (HEAD,), {"a.weight/0": "goes through aten.m"}),

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from speedup.rules import contraction, indexing, movement, norm, pointwise, recurrent, reduction
+from speedup.rules import contraction, indexing, movement, norm, pointwise, recurrent, reduction, space
 from speedup.rules.call import Call, Outcome, Rule
 
 __all__ = ["RULES", "Call", "Outcome", "Rule", "rule_for"]
 
-_FAMILIES = (pointwise, movement, indexing, contraction, norm, reduction, recurrent)
+_FAMILIES = (pointwise, movement, indexing, contraction, norm, reduction, recurrent, space)
 
 RULES: Mapping[Any, Rule] = MappingProxyType(
     {operator: rule for family in _FAMILIES for operator, rule in family.RULES.items()}

@@ -6,6 +6,7 @@ and the contracted dimensions are summed away. What varies along batch dimension
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from speedup.flow import Flow
@@ -74,16 +75,61 @@ def addmm(flow: Flow, call: Call) -> Labels:
 
 
 def einsum(flow: Flow, call: Call) -> Labels:
-    """y = einsum(equation, operands), without ellipsis or repeated letters; otherwise everything is pinned."""
-    equation = str(call["equation"]).replace(" ", "")
+    """y = einsum(equation, operands), without letters that an operand repeats; otherwise everything is pinned."""
+    equation = str(call["equation"])
     operands: list[Labels] = call["tensors"]
-    inputs, arrow, out = equation.partition("->")
-    names = inputs.split(",")
-    if not arrow or "." in equation or any(len(set(word)) < len(word) for word in names):
+    names, out = einsum_letters(equation, [len(operand.shape) for operand in operands])
+    if any(len(set(word)) < len(word) for word in names):
         for operand in operands:
-            flow.pin_all(operand, f"goes through einsum {equation!r}, which has an ellipsis or a diagonal")
+            flow.pin_all(operand, f"goes through einsum {equation!r}, which takes a diagonal")
         return Labels(call.shape)
-    return contract(flow, list(zip(operands, names, strict=True)), out)
+    return flow.meet([contract(flow, list(zip(operands, names, strict=True)), out)], call.shape)
+
+
+def einsum_letters(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], list[str]]:
+    """The names of the dimensions of each operand of an einsum, and of those of its output.
+
+    An ellipsis stands for ..0, ..1 and so on, counted from the right: the shorter one broadcasts. Without an arrow the
+    output has the ellipsis, and in the order of the alphabet each letter that stands once.
+    """
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    words = inputs.split(",")
+    hidden = [rank - len(word.replace("...", "")) for word, rank in zip(words, ranks, strict=True)]
+    dots = [[f"..{place}" for place in reversed(range(count))] for count in hidden]
+    widest = max((some for some, word in zip(dots, words, strict=True) if "..." in word), key=len, default=[])
+    if not arrow:
+        joined = "".join(words).replace(".", "")
+        output = "..." + "".join(sorted(letter for letter in set(joined) if joined.count(letter) == 1))
+    return [_letters(word, some) for word, some in zip(words, dots, strict=True)], _letters(output, widest)
+
+
+def _letters(word: str, dots: Sequence[str]) -> list[str]:
+    before, ellipsis, after = word.partition("...")
+    return [*before, *(dots if ellipsis else ()), *after]
+
+
+def bilinear(flow: Flow, call: Call) -> Labels:
+    """y[..., o] = sum_ij a[..., i] W[o, i, j] b[..., j] + c[o]."""
+    a, b = call["input1"], call["input2"]
+    lead = [f"x{dim}" for dim in range(len(a.shape) - 1)]
+    out = contract(flow, [(a, [*lead, "i"]), (b, [*lead, "j"]), (call["weight"], "oij")], [*lead, "o"])
+    return flow.meet([out, call["bias"]], call.shape) if call.get("bias") else out
+
+
+def distances(flow: Flow, call: Call) -> Labels:
+    """y[..., m, n] = (sum_k |a[..., m, k] - b[..., n, k]| ** p) ** (1 / p), batch dimensions broadcast."""
+    a, b = call.tensors()
+    rank = max(len(a.shape), len(b.shape))
+    lead = [f"x{dim}" for dim in range(rank - 2)]
+    names = [[*lead[rank - len(x.shape) :], letter, "k"] for x, letter in ((a, "m"), (b, "n"))]
+    return flow.meet([contract(flow, list(zip((a, b), names, strict=True)), [*lead, "m", "n"])], call.shape)
+
+
+def similarity(flow: Flow, call: Call) -> Labels:
+    """y = sum of a b over ``dim``, divided by the lengths of a and b."""
+    a, b = call.tensors()
+    shape = np.broadcast_shapes(a.shape, b.shape)
+    return flow.reduce(flow.meet([a, b], shape), [call.dim(len(shape))])
 
 
 def grouped_matmul(flow: Flow, call: Call) -> Labels:
@@ -191,6 +237,9 @@ RULES = {
     **dict.fromkeys((aten.addmm.default, aten.baddbmm.default), Rule("contraction", addmm)),
     aten._grouped_mm.default: Rule("contraction", grouped_matmul),
     aten.einsum.default: Rule("contraction", einsum),
+    aten.bilinear.default: Rule("contraction", bilinear),
+    aten.cdist.default: Rule("contraction", distances),
+    aten.cosine_similarity.default: Rule("contraction", similarity),
     **dict.fromkeys(
         (
             aten.conv1d.default,

@@ -235,6 +235,21 @@ def embedding(flow: Flow, call: Call) -> Labels:
     return Labels(call.shape, tuple(plane[0].expand(call.shape) for plane in weight.planes))
 
 
+def embedding_bag(flow: Flow, call: Call) -> list[Labels]:
+    """y[b, :] = the sum, mean or maximum of W[index[i], :] over the i of bag b; the width is carried."""
+    weight = flow.freeze(call["weight"], [0], "is looked up by index", structural=True)
+    width = weight.shape[1]
+    return [
+        Labels(shape, tuple(p[0].expand(shape) for p in weight.planes) if len(shape) == 2 and shape[1] == width else ())
+        for shape in call.outputs
+    ]
+
+
+def renormed(flow: Flow, call: Call) -> Labels:
+    """W[index[i], :] made no longer than ``max_norm``, in place: what is masked counts for nothing."""
+    return flow.freeze(call["self"], [0], "is looked up by index", structural=True)
+
+
 _SPLITS = (
     aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes,
     aten.tensor_split.sections, aten.tensor_split.indices,
@@ -249,6 +264,8 @@ RULES = {
     aten.concat.default: Rule("concat", cat, moves=True),
     aten.stack.default: Rule("concat", stack, moves=True),
     aten.embedding.default: Rule("index", embedding),
+    **dict.fromkeys((aten.embedding_bag.default, aten.embedding_bag.padding_idx), Rule("index", embedding_bag)),
+    aten.embedding_renorm_.default: Rule("norm", renormed),
     aten.index.Tensor: Rule("index", index, moves=True),
     aten.gather.default: Rule("index", gather),
     aten.unbind.int: Rule("split", unbind, moves=True),

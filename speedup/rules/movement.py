@@ -97,35 +97,6 @@ def constant(flow: Flow, call: Call) -> Labels:
     return Labels(call.shape, planes)
 
 
-def pixel_shuffle(flow: Flow, call: Call) -> Labels:
-    """y[c, h * r + i, w * r + j] = x[(c * r + i) * r + j, h, w]: the r * r channels behind one of y go together."""
-    x: Labels = call["self"]
-    dim = len(x.shape) - 3
-    area = x.shape[dim] // call.shape[dim]
-    x = flow.freeze(x, [dim + 1, dim + 2], "is moved between space and channels")
-    planes = []
-    for plane in x.planes:
-        if dim not in support(plane):
-            planes.append(narrowed(plane).expand(call.shape))
-            continue
-        squares = torch.unflatten(plane, dim, (-1, area))
-        whole = flow.freeze(Labels(tuple(squares.shape), (squares,)), [dim + 1], "is moved between space and channels")
-        planes += [narrowed(part.select(dim + 1, 0)).expand(call.shape) for part in whole.planes]
-    return Labels(call.shape, tuple(planes))
-
-
-def pixel_unshuffle(flow: Flow, call: Call) -> Labels:
-    """y[(c * r + i) * r + j, h, w] = x[c, h * r + i, w * r + j]: one channel of x becomes r * r of y."""
-    x: Labels = call["self"]
-    dim = len(x.shape) - 3
-    x = flow.freeze(x, [dim + 1, dim + 2], "is moved between space and channels")
-    area = call.shape[dim] // x.shape[dim]
-    planes = [
-        narrowed(plane).repeat_interleave(area, dim) if dim in support(plane) else narrowed(plane) for plane in x.planes
-    ]
-    return Labels(call.shape, tuple(plane.expand(call.shape) for plane in planes))
-
-
 def squeeze(flow: Flow, call: Call) -> Labels:
     """y = x without dimensions of size 1."""
     x = call["self"]
@@ -168,6 +139,4 @@ RULES = {
     **dict.fromkeys((aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims), Rule("reshape", squeeze, moves=True)),
     aten.repeat.default: Rule("expand", repeat),
     aten.repeat_interleave.self_int: Rule("expand", repeat_interleave, moves=True),
-    aten.pixel_shuffle.default: Rule("reshape", pixel_shuffle, moves=True),
-    aten.pixel_unshuffle.default: Rule("reshape", pixel_unshuffle, moves=True),
 }

@@ -56,17 +56,17 @@ def along_channels(vector: Labels, rank: int, dim: int = 1) -> Labels:
 
 _PASS = (
     aten.contiguous.default, aten._to_copy.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout,
-    aten.to.other, aten.type_as.default, aten.detach.default, aten.detach_.default, aten.alias.default,
-    aten.lift_fresh_copy.default, aten.clone.default, aten.zeros_like.default, aten.ones_like.default,
-    aten.full_like.default, aten.empty_like.default, aten.fill_.Scalar, aten.zero_.default,
+    aten.to.other, aten.type_as.default, aten.lift_fresh_copy.default, aten.clone.default, aten.zeros_like.default,
+    aten.ones_like.default, aten.full_like.default, aten.empty_like.default, aten.fill_.Scalar, aten.zero_.default,
     aten.requires_grad_.default,
 )  # fmt: skip
+_ALIASES = (aten.detach.default, aten.detach_.default, aten.alias.default)
 _ELEMENTWISE = (
     aten.hardswish_.default, aten.relu6.default, aten.relu6_.default, aten.__and__.Tensor, aten.__or__.Tensor,
     aten.floor_divide.default, aten.negative.default, aten.subtract.Tensor, aten.multiply.Tensor,
     aten.multiply.Scalar, aten.subtract.Scalar, aten.hardswish.default, aten.masked_fill_.Scalar,
     aten.masked_fill_.Tensor, aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.Scalar,
-    aten.where.ScalarOther, aten.where.ScalarSelf,
+    aten.where.ScalarOther, aten.where.ScalarSelf, aten.log_sigmoid.default,
 )  # fmt: skip
 _ADD = (aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.sub_.Tensor)
 _MUL = (aten.mul.Tensor, aten.mul_.Tensor, aten.div.Tensor, aten.div_.Tensor)
@@ -79,6 +79,7 @@ RULES = {
     **dict.fromkeys(_DROPOUTS, Rule("elementwise", dropout)),
     aten.dropout_.default: Rule("elementwise", unchanged),
     **dict.fromkeys(_PASS, Rule("elementwise", unchanged)),
+    **dict.fromkeys(_ALIASES, Rule("elementwise", unchanged, moves=True)),  # what is written to them stays written
     **dict.fromkeys(_ELEMENTWISE, Rule("elementwise", pointwise)),
     **dict.fromkeys(_ADD, Rule("add", pointwise)),
     **dict.fromkeys(_MUL, Rule("mul", pointwise)),

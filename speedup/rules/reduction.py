@@ -70,6 +70,13 @@ def over_space(first: int) -> RuleFunction:
     return rule
 
 
+def drawn(flow: Flow, call: Call) -> Outcome:
+    """y = x pooled over windows that are drawn for each channel: fewer channels would get other ones."""
+    for tensor in call.tensors():
+        flow.pin_all(tensor, "is pooled over windows that are drawn for each channel")
+    return fixed(flow, call)
+
+
 def fixed(flow: Flow, call: Call) -> Outcome:
     """Content that depends on no parameter and does not shrink."""
     outcomes: list[Labels] = [Labels(shape) for shape in call.outputs]
@@ -109,12 +116,12 @@ _PLANAR = (
     "replication_pad2d", "grid_sampler_2d", "tril", "triu",
 )  # fmt: skip
 _LINEAR = (
-    "max_pool1d", "avg_pool1d", "adaptive_avg_pool1d", "adaptive_max_pool1d", "upsample_nearest1d",
-    "upsample_linear1d", "reflection_pad1d", "replication_pad1d",
+    "max_pool1d", "max_pool1d_with_indices", "avg_pool1d", "adaptive_avg_pool1d", "adaptive_max_pool1d",
+    "upsample_nearest1d", "upsample_linear1d", "reflection_pad1d", "replication_pad1d",
 )  # fmt: skip
 _VOLUME = (
-    "max_pool3d", "avg_pool3d", "adaptive_avg_pool3d", "adaptive_max_pool3d", "upsample_nearest3d",
-    "upsample_trilinear3d", "reflection_pad3d", "replication_pad3d",
+    "max_pool3d", "max_pool3d_with_indices", "avg_pool3d", "adaptive_avg_pool3d", "adaptive_max_pool3d",
+    "upsample_nearest3d", "upsample_trilinear3d", "reflection_pad3d", "replication_pad3d",
 )  # fmt: skip
 _FIXED = (
     "arange", "linspace", "eye", "scalar_tensor", "rand", "randn", "randint", "tril_indices", "triu_indices",
@@ -128,5 +135,6 @@ RULES: dict[object, Rule] = {
     **dict.fromkeys(_present(_LINEAR), Rule("pooling", over_space(-1))),
     **dict.fromkeys(_present(_PLANAR), Rule("pooling", over_space(-2))),
     **dict.fromkeys(_present(_VOLUME), Rule("pooling", over_space(-3))),
+    **dict.fromkeys((aten.fractional_max_pool2d.default, aten.fractional_max_pool3d.default), Rule("pooling", drawn)),
     **dict.fromkeys(_present(_FIXED), Rule("constant", fixed)),
 }
