@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from speedup.errors import CaptureError, first_line
@@ -120,7 +122,12 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Captured:
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"{model!r:.80}: is no torch.nn.Module. Give an instance of one.")
-    args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, split_inputs(example_inputs))
+    args, kwargs = split_inputs(example_inputs)
+    if any(isinstance(value, PackedSequence) for value in (*args, *kwargs.values())):
+        raise CaptureError("inputs: torch.export takes no packed sequences. Give padded ones, and the layers them too.")
+    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        raise CaptureError(f"{type(model).__name__}: its lazy layers have no sizes yet. Call it once on an example.")
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
     for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor) and (not leaf.numel() or (leaf.is_floating_point() and not _numbers(leaf))):
             fact = "holds nan" if leaf.numel() else "is empty"

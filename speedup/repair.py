@@ -1,7 +1,7 @@
 """The user's own class with smaller tensors: its attributes that repeat sizes get the new ones."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,8 @@ class Repair:
 
 def repaired(model: nn.Module, swaps: Mapping[int, Tensor], repairs: Iterable[Repair]) -> nn.Module:
     """Returns a copy of ``model`` with other tensors in the places of its own, and attributes set to new sizes."""
-    module = copy.deepcopy(model, dict(swaps))
+    computed = {id(tensor): tensor.detach() for tensor in _attributes(model) if not tensor.is_leaf}
+    module = copy.deepcopy(model, {**computed, **swaps})
     for repair in repairs:
         setattr(module.get_submodule(repair.module), repair.attribute, repair.new)
     new = []
@@ -39,6 +40,12 @@ def repaired(model: nn.Module, swaps: Mapping[int, Tensor], repairs: Iterable[Re
     for submodule, name, value in new:
         setattr(submodule, name, value)
     return module
+
+
+def _attributes(model: nn.Module) -> Iterator[Tensor]:
+    """The tensors that modules hold as plain attributes, such as the last weight of a weight norm of the old kind."""
+    for module in model.modules():
+        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
 
 
 def _convolution_sizes(module: Any) -> dict[str, Any]:
@@ -65,9 +72,9 @@ _GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 
 
 def _recurrent_sizes(module: Any) -> dict[str, Any]:
-    rows, state = module.weight_hh_l0.shape
-    sizes = {"input_size": module.weight_ih_l0.shape[1], "hidden_size": rows // _GATES[module.mode]}
-    return sizes | ({"proj_size": state} if module.proj_size else {})
+    rows, inputs = module.weight_ih_l0.shape
+    sizes = {"input_size": inputs, "hidden_size": rows // _GATES[module.mode]}
+    return sizes | ({"proj_size": module.weight_hr_l0.shape[0]} if module.proj_size else {})
 
 
 STANDARD_SIZES: Mapping[type[nn.Module], Callable[[Any], dict[str, Any]]] = {

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
@@ -127,12 +128,13 @@ def _raised_in_training(module: nn.Module, captured: Captured) -> Exception | No
 
 
 def _bare_norms(module: nn.Module, captured: Captured) -> tuple[Repair, ...]:
-    """Repairs for instance norms without vectors: only a run tells how many channels they get."""
-    norms = {name: norm for name, norm in module.named_modules() if isinstance(norm, _InstanceNorm) and not norm.affine}
+    """Repairs for norms without vectors: only a run tells how many channels they get."""
+    norms = {name: norm for name, norm in module.named_modules() if isinstance(norm, _NormBase) and not norm.affine}
     found: dict[str, Repair] = {}
 
-    def note(name: str, norm: _InstanceNorm, inputs: tuple[Tensor, ...]) -> None:
-        size = inputs[0].shape[0 if inputs[0].dim() == norm._get_no_batch_dim() else 1]  # type: ignore[no-untyped-call]  # of torch
+    def note(name: str, norm: _NormBase, inputs: tuple[Tensor, ...]) -> None:
+        alone = isinstance(norm, _InstanceNorm) and inputs[0].dim() == norm._get_no_batch_dim()  # type: ignore[no-untyped-call]  # of torch
+        size = inputs[0].shape[0 if alone else 1]
         if size != norm.num_features:
             found[name] = Repair(name, "num_features", norm.num_features, size)
 

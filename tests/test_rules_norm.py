@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from test_rules import Case, Net, check, conv, image, parameters, tokens, weight
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 aten = torch.ops.aten
 A8 = "8: a.weight/0 a.bias/0 o.weight/1"
@@ -92,6 +92,27 @@ NORMS = (
         image(),
         ("8: 0.parametrizations.weight.original0/0 0.parametrizations.weight.original1/0 0.bias/0 1.parametrizations.weight.original1/1",),
         mixes=True,
+    ),
+    Case(
+        "weight_norm_of_the_old_kind",
+        lambda: nn.Sequential(nn.utils.weight_norm(conv(3, 8)), nn.utils.weight_norm(conv(8, 2))),
+        image(),
+        ("8: 0.weight_g/0 0.weight_v/0 0.bias/0 1.weight_v/1",),
+        mixes=True,
+    ),
+    Case(
+        "spectral_norm",
+        lambda: nn.Sequential(spectral_norm(nn.Linear(12, 8)), spectral_norm(nn.Linear(8, 2))),
+        tokens(),
+        (f"8: {' '.join(f'0.parametrizations.weight.{name}/0' for name in ('original', '0._u'))} 0.bias/0 {' '.join(f'1.parametrizations.weight.{name}' for name in ('original/1', '0._v/0'))}",),
+        mixes=True,
+    ),
+    Case(
+        "orthogonal_weight_pins",
+        lambda: Net(lambda n, x: n.o(n.b(n.a(x))), a=orthogonal(nn.Linear(12, 8)), b=nn.Linear(8, 6), o=nn.Linear(6, 2)),
+        tokens(),
+        ("6: b.weight/0 b.bias/0 o.weight/1",),
+        {"a.parametrizations.weight.original/0": "", "b.weight/1": ""},
     ),
     Case(
         "weight_standardised_by_batch_norm",
@@ -278,6 +299,7 @@ REDUCTIONS = (
         {"a.weight/0": "drawn for each channel"},
         mixes=True,  # it is never the same
     ),
+    Case("local_response_norm_pins", lambda: Net(lambda n, x: n.p(n.o(n.n(n.a(x)))), a=conv(3, 8), n=nn.LocalResponseNorm(3), o=conv(8, 6), p=conv(6, 2)), image(), (HEAD,), {"a.weight/0": "pooled or resampled"}),
     Case("maximum_of_all_pins", gated(lambda x: x.max() - x.min()), image(), (HEAD,), {"a.weight/0": "goes through aten.m"}),
     Case("mean_over_channels", applied(lambda x: x - x.mean(1, keepdim=True)), image(), (A8,), mixes=True),
     Case("softmax_over_channels_pins", gated(lambda x: x.softmax(1)), image(), (HEAD,), {"a.weight/0": "goes through aten.softmax.int over its channels (softmax)"}),

@@ -47,6 +47,21 @@ def every_pair(net: Net, x: Tensor) -> Tensor:
     return net.o(F.hardswish(F.relu6(y)) + torch.floor_divide(y, z.abs() + 3.0))
 
 
+def every_other_name(net: Net, x: Tensor) -> Tensor:
+    """In-place forms and aliases that PyTorch does not tag as pointwise."""
+    y, z = net.a(x), net.b(x)
+    y = F.threshold(F.mish(y.clone().abs_(), inplace=True), 0.1, 0.2, inplace=True).negative_()
+    y = aten.subtract_.Scalar(aten.multiply_.Scalar(y.multiply_(z), 2.0).subtract_(z), 1.0)
+    y = aten.gelu_.default(y).true_divide_(z.abs() + 3.0)
+    y = torch.divide(aten.divide.Scalar(y, 2.0), aten.absolute.default(z) + 3.0)
+    y = y + torch.divide(y, z.abs() + 3.0, rounding_mode="floor")
+    y = y + torch.arctan2(y, z) + torch.special.expit(y) + torch.special.erf(z)
+    over = aten.greater.Tensor(y, z) | aten.greater_equal.Tensor(y, z) | aten.greater.Scalar(y, 9.0)
+    under = aten.less.Tensor(y, z) & aten.less_equal.Tensor(y, z) & aten.less.Scalar(y, 9.0)
+    others = aten.not_equal.Tensor(y, z) & aten.not_equal.Scalar(y, 0.0) & aten.less_equal.Scalar(y, 9.0)
+    return net.o(y.where(over | under & others | aten.greater_equal.Scalar(y, 9.0), z))
+
+
 def added_into_a_slice(net: Net, x: Tensor) -> Tensor:
     y = net.a(x)
     y[:, :4] += net.b(x)
@@ -67,6 +82,7 @@ CASES = (
     Case("every_pass", lambda: Net(every_pass, a=conv(3, 8), o=conv(8, 2)), image(), (A8,), mixes=True),
     Case("every_cast", lambda: Net(every_cast, a=conv(3, 8), o=conv(8, 2)), image(), (A8,)),
     Case("every_in_place", lambda: Net(every_in_place, a=conv(3, 8), b=conv(3, 8), o=conv(8, 2)), image(), (AB8,)),
+    Case("every_other_name", lambda: Net(every_other_name, a=conv(3, 8), b=conv(3, 8), o=conv(8, 2)), image(), (AB8,)),
     Case("every_pair", lambda: Net(every_pair, a=conv(3, 8), b=conv(3, 8), o=conv(8, 2)), image(), (AB8,)),
     Case(
         "tagged_by_pytorch",
@@ -139,6 +155,7 @@ CASES = (
     Case("prelu", lambda: Net(lambda n, x: n.o(n.p(n.a(x))), a=conv(3, 8), p=nn.PReLU(8), o=conv(8, 2)), image(), ("8: a.weight/0 a.bias/0 p.weight/0 o.weight/1",)),
     Case("prelu_of_one_slope", lambda: Net(lambda n, x: n.o(n.p(n.a(x))), a=conv(3, 8), p=nn.PReLU(), o=conv(8, 2)), image(), (A8,)),
     Case("prelu_of_vectors", lambda: Net(lambda n, x: n.o(n.p(n.a(x))), a=nn.Linear(5, 8), p=nn.PReLU(8), o=nn.Linear(8, 2)), torch.randn(2, 5), ("8: a.weight/0 a.bias/0 p.weight/0 o.weight/1",)),
+    Case("log_sigmoid", lambda: nn.Sequential(conv(3, 8), nn.LogSigmoid(), conv(8, 2)), image(), ("8: 0.weight/0 0.bias/0 2.weight/1",)),
     Case("glu", lambda: Net(lambda n, x: n.o(F.glu(n.a(x), 1)), a=conv(3, 8), o=conv(4, 2)), image(), ("4: a.weight/0 a.bias/0 o.weight/1",)),
     Case("glu_over_tokens", lambda: Net(lambda n, x: n.o(F.glu(n.a(x))), a=nn.Linear(12, 16), o=nn.Linear(8, 2)), tokens(), ("8: a.weight/0 a.bias/0 o.weight/1",)),
     Case(

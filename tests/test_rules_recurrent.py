@@ -9,6 +9,7 @@ import torch
 from test_rules import Case, Net, check, parameters, weight
 from test_shrink import compressed
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import graphprune
 from graphprune.config import Request
@@ -156,6 +157,16 @@ def encoded(net: Net, x: Tensor) -> Any:
     return net.e(x)[1]
 
 
+PARAMETRISED = (
+    Case(
+        "weight_norm_of_a_layer",
+        outputs(lambda: weight_norm(nn.LSTM(5, 8, batch_first=True), "weight_hh_l0")),
+        STEPS,
+        (f"8: {cell('_l0').replace('r.weight_hh_l0/0', '').replace('r.weight_hh_l0', 'r.parametrizations.weight_hh_l0.original1')} r.parametrizations.weight_hh_l0.original0/0 r.parametrizations.weight_hh_l0.original1/0 o.weight/1",),
+        mixes=True,
+    ),
+)  # fmt: skip
+
 STATES = (
     Case("state_from_the_input_pins", started(lambda: nn.GRU(6, 8, batch_first=True), lambda n, x: x.flatten(1)[None, :, :8].contiguous()), STEPS, (A6,), GIVEN),
     Case(
@@ -234,7 +245,7 @@ CELLS = tuple(
     )
 )
 
-CASES = LAYERS + STATES + CELLS
+CASES = LAYERS + PARAMETRISED + STATES + CELLS
 
 
 @parameters(CASES)

@@ -229,7 +229,14 @@ def _repeated(labels: Labels, heads: int) -> Labels:
     return Labels(shape, tuple(settle(plane.expand(shape)) for plane in planes))
 
 
-_MATMULS = (aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default)
+_MATMULS = (
+    aten.matmul.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.mv.default,
+    aten.dot.default,
+    aten.vdot.default,
+)
 
 RULES = {
     aten.linear.default: Rule("contraction", linear),

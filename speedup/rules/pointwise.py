@@ -68,6 +68,16 @@ _ELEMENTWISE = (
     aten.masked_fill_.Tensor, aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.Scalar,
     aten.where.ScalarOther, aten.where.ScalarSelf, aten.log_sigmoid.default,
 )  # fmt: skip
+_UNTAGGED = (
+    aten.abs_.default, aten.mish_.default, aten.gelu_.default, aten.threshold_.default, aten.negative_.default,
+    aten.multiply_.Tensor, aten.multiply_.Scalar, aten.subtract_.Tensor, aten.subtract_.Scalar,
+    aten.true_divide_.Tensor, aten.divide.Tensor, aten.divide.Scalar, aten.divide.Tensor_mode, aten.absolute.default,
+    aten.arctan2.default, aten.greater.Tensor, aten.greater.Scalar, aten.greater_equal.Tensor,
+    aten.greater_equal.Scalar, aten.less.Tensor, aten.less.Scalar, aten.less_equal.Tensor, aten.less_equal.Scalar,
+    aten.not_equal.Tensor, aten.not_equal.Scalar, aten.special_expit.default, aten.special_erf.default,
+)  # fmt: skip
+"""In-place forms and other names, which PyTorch does not tag as pointwise."""
+
 _ADD = (aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.sub_.Tensor)
 _MUL = (aten.mul.Tensor, aten.mul_.Tensor, aten.div.Tensor, aten.div_.Tensor)
 
@@ -80,7 +90,7 @@ RULES = {
     aten.dropout_.default: Rule("elementwise", unchanged),
     **dict.fromkeys(_PASS, Rule("elementwise", unchanged)),
     **dict.fromkeys(_ALIASES, Rule("elementwise", unchanged, moves=True)),  # what is written to them stays written
-    **dict.fromkeys(_ELEMENTWISE, Rule("elementwise", pointwise)),
+    **dict.fromkeys((*_ELEMENTWISE, *_UNTAGGED), Rule("elementwise", pointwise)),
     **dict.fromkeys(_ADD, Rule("add", pointwise)),
     **dict.fromkeys(_MUL, Rule("mul", pointwise)),
     aten.copy_.default: Rule("elementwise", overwrite),
