@@ -56,6 +56,8 @@ _EXACTLY: Mapping[Any, Callable[..., Any]] = {
 def _exact(value: Any) -> Any:
     if isinstance(value, torch.device):
         return torch.device("cpu")
+    if isinstance(value, torch.dtype) and value.is_complex:
+        return torch.complex128
     return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.amp import autocast_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -74,7 +75,7 @@ def _gives_tensors(node: fx.Node) -> bool:
 
 def _decompose(graph: fx.Graph, node: fx.Node) -> None:
     """Puts what a composite operator is made of in its place, if all of that has rules."""
-    operands = [source for source in node.all_input_nodes if isinstance(source.meta.get("val"), Tensor)]
+    operands = node.all_input_nodes
     inner = _traced(node, operands)
     if inner is None:
         return
@@ -94,13 +95,13 @@ def _traced(node: fx.Node, operands: Sequence[fx.Node]) -> fx.Graph | None:
     A decomposition that asks how large the batch is would be right at some batches only.
     """
 
-    def run(*values: Tensor) -> Any:
+    def run(*values: Any) -> Any:
         known = dict(zip(operands, values, strict=True))
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: known.get(n, n.meta.get("val")))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
         return node.target.decompose(*args, **kwargs)  # type: ignore[union-attr]  # an OpOverload
 
-    values = [operand.meta["val"] for operand in operands]
-    environment = next((value.fake_mode.shape_env for value in values), None)
+    values = [operand.meta.get("val") for operand in operands]
+    environment = next((value.fake_mode.shape_env for value in values if isinstance(value, FakeTensor)), None)
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())

@@ -15,6 +15,8 @@ def perturbed(value: Any, generator: torch.Generator) -> Any:
     What holds for numbers in general position holds for all: no zero, no tie and no fresh norm can hide a mistake.
     Signs stay, so that what may be a variance or the argument of a logarithm still is one.
     """
+    if isinstance(value, Tensor) and value.is_complex():
+        return torch.view_as_complex(perturbed(torch.view_as_real(value.detach()), generator))
     if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
         return value
     exact = torch.empty(value.shape, dtype=torch.float64)

@@ -264,6 +264,8 @@ def _on_cpu(value: Any) -> Any:
 
 
 def _exact(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_complex():
+        return value.detach().to(torch.complex128)
     return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 

@@ -174,7 +174,7 @@ CUTS = (
         lambda: Net(lambda n, x: n.o(n.a(x).gather(1, x.argsort(1))), a=conv(3, 8), o=conv(3, 2)),
         image(),
         (),
-        {"a.weight/0": "is gathered by index", "o.weight/1": ""},
+        {"a.weight/0": "is gathered by an index", "o.weight/1": ""},
     ),
     Case(
         "positions_beyond_the_example",

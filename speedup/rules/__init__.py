@@ -6,12 +6,23 @@ from typing import Any
 
 import torch
 
-from speedup.rules import contraction, indexing, movement, norm, pointwise, recurrent, reduction, space
+from speedup.rules import (
+    contraction,
+    indexing,
+    movement,
+    norm,
+    placing,
+    pointwise,
+    recurrent,
+    reduction,
+    space,
+    spectral,
+)
 from speedup.rules.call import Call, Outcome, Rule
 
 __all__ = ["RULES", "Call", "Outcome", "Rule", "rule_for"]
 
-_FAMILIES = (pointwise, movement, indexing, contraction, norm, reduction, recurrent, space)
+_FAMILIES = (pointwise, movement, indexing, placing, space, contraction, norm, reduction, recurrent, spectral)
 
 RULES: Mapping[Any, Rule] = MappingProxyType(
     {operator: rule for family in _FAMILIES for operator, rule in family.RULES.items()}

@@ -1,10 +1,11 @@
 """One ATen call as a rule sees it: arguments by name, tensors as labels, batch sizes as the example's numbers."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from speedup.flow import Flow
@@ -93,6 +94,15 @@ def raw_argument(node: fx.Node, name: str) -> Any:
                 return node.kwargs[name]
             return node.args[position] if position < len(node.args) else argument.default_value
     return None
+
+
+def present(names: Iterable[str]) -> list[Callable[..., object]]:
+    """The overloads of ATen operators that this version of PyTorch has, by name."""
+    found = []
+    for name in names:
+        packet = getattr(torch.ops.aten, name, None)
+        found += [getattr(packet, overload) for overload in packet.overloads() if overload != "out"] if packet else []
+    return found
 
 
 def numel(shape: Sequence[int]) -> int:

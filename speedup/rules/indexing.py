@@ -170,8 +170,10 @@ def index(flow: Flow, call: Call) -> Labels:
         ]
         return Labels(call.shape, tuple(planes))
     frozen = flow.freeze(x, places, "is indexed by a table", structural=True)
-    if places != list(range(places[0], places[-1] + 1)):
-        flow.pin_all(frozen, "is indexed along dimensions that are not neighbours")
+    masked = any(node is not None and node.meta["val"].dtype is torch.bool for node in call.raw("indices"))
+    if masked or places != list(range(places[0], places[-1] + 1)):
+        why = "by a mask" if masked else "along dimensions that are not neighbours"
+        flow.pin_all(frozen, f"is indexed {why}")
         return Labels(call.shape)
     after = len(x.shape) - 1 - places[-1]
     planes = []
@@ -180,19 +182,6 @@ def index(flow: Flow, call: Call) -> Labels:
         middle = (None,) * (len(call.shape) - places[0] - after)
         planes.append(kept[(slice(None),) * places[0] + middle].expand(call.shape))
     return Labels(call.shape, tuple(planes))
-
-
-def gather(flow: Flow, call: Call) -> Labels:
-    """y[..., i, ...] = x[..., index[..., i, ...], ...] along ``dim``, which is frozen; elsewhere places are one."""
-    x, table = call["self"], call["index"]
-    dim = call.dim(len(x.shape))
-    cut = {d for d, size in enumerate(table.shape) if size != x.shape[d]} | {dim}
-    frozen = flow.freeze(x, cut, "is gathered by index", structural=True)
-    single = tuple(1 if d in cut else size for d, size in enumerate(x.shape))
-    planes = (
-        plane[tuple(slice(0, 1) if d in cut else slice(None) for d in range(plane.dim()))] for plane in frozen.planes
-    )
-    return flow.meet([Labels(single, tuple(planes)), table], call.shape)
 
 
 def scalar_index(flow: Flow, call: Call) -> Labels:
@@ -267,7 +256,6 @@ RULES = {
     **dict.fromkeys((aten.embedding_bag.default, aten.embedding_bag.padding_idx), Rule("index", embedding_bag)),
     aten.embedding_renorm_.default: Rule("norm", renormed),
     aten.index.Tensor: Rule("index", index, moves=True),
-    aten.gather.default: Rule("index", gather),
     aten.unbind.int: Rule("split", unbind, moves=True),
     aten.select.int: Rule("slice", scalar_index, moves=True),
     aten.slice.Tensor: Rule("slice", sliced, moves=True),

@@ -1,12 +1,10 @@
 """Operators that sum over dimensions, and operators that need some dimensions whole."""
 
-from collections.abc import Callable, Iterable
-
 import torch
 
 from speedup.flow import Flow
 from speedup.labels import Labels, narrowed, support
-from speedup.rules.call import Call, Outcome, Rule, RuleFunction
+from speedup.rules.call import Call, Outcome, Rule, RuleFunction, present
 
 aten = torch.ops.aten
 
@@ -83,15 +81,6 @@ def fixed(flow: Flow, call: Call) -> Outcome:
     return outcomes if len(outcomes) != 1 else outcomes[0]
 
 
-def _present(names: Iterable[str]) -> list[Callable[..., object]]:
-    """The overloads of ATen operators that this version of PyTorch has, by name."""
-    found = []
-    for name in names:
-        packet = getattr(aten, name, None)
-        found += [getattr(packet, overload) for overload in packet.overloads() if overload != "out"] if packet else []
-    return found
-
-
 _SUMS = (
     aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.linalg_vector_norm.default,
     aten.norm.ScalarOpt_dim, aten.frobenius_norm.dim, aten.var.correction, aten.std.correction,
@@ -107,7 +96,7 @@ _CHOICES = (
 )  # fmt: skip
 _WHOLE = (
     aten.softmax.int, aten.log_softmax.int, aten._softmax.default, aten._log_softmax.default, aten.cumsum.default,
-    aten.cumprod.default, aten.sort.default, aten.topk.default,
+    aten.cumprod.default, aten.sort.default, aten.topk.default, aten.logcumsumexp.default,
 )  # fmt: skip
 _PLANAR = (
     "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "max_pool2d_with_indices",
@@ -132,9 +121,9 @@ RULES: dict[object, Rule] = {
     **dict.fromkeys(_SUMS, Rule("reduction", reduced)),
     **dict.fromkeys(_CHOICES, Rule("reduction", chosen)),
     **dict.fromkeys(_WHOLE, Rule("mixing", whole)),
-    **dict.fromkeys(_present(_LINEAR), Rule("pooling", over_space(-1))),
-    **dict.fromkeys(_present(_PLANAR), Rule("pooling", over_space(-2))),
-    **dict.fromkeys(_present(_VOLUME), Rule("pooling", over_space(-3))),
+    **dict.fromkeys(present(_LINEAR), Rule("pooling", over_space(-1))),
+    **dict.fromkeys(present(_PLANAR), Rule("pooling", over_space(-2))),
+    **dict.fromkeys(present(_VOLUME), Rule("pooling", over_space(-3))),
     **dict.fromkeys((aten.fractional_max_pool2d.default, aten.fractional_max_pool3d.default), Rule("pooling", drawn)),
-    **dict.fromkeys(_present(_FIXED), Rule("constant", fixed)),
+    **dict.fromkeys(present(_FIXED), Rule("constant", fixed)),
 }
