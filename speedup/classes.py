@@ -174,7 +174,7 @@ def solve(flow: Flow) -> Classes:
     pairs = list(flow.pairs)
     while True:
         of, count = _components(flow.size, pairs)
-        weaves: dict[bytes, Weave] = {}
+        weaves: dict[tuple[object, ...], Weave] = {}
         ties = []
         merges = _Merges.of(flow.merges, of)
         for block in flow.blocks:
@@ -183,7 +183,7 @@ def solve(flow: Flow) -> Classes:
                 first = np.broadcast_to(block.members[0], block.members.shape)
                 ties.append((block.members.reshape(-1), first.reshape(-1)))
             else:
-                weaves |= {weave.turns.tobytes(): weave for weave in found}
+                weaves |= {(weave.turns.shape, weave.turns.tobytes()): weave for weave in found}
         if not ties:
             break
         pairs += ties

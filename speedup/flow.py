@@ -166,6 +166,12 @@ class Flow:
         slab_labels = None if slabs is None else flat(core(slabs, rows))
         self.blocks.append(Block(self.node, self.kind, rows_first(plane, rows), slab_labels, every))
 
+    def turns(self, plane: Plane, dim: int, step: int) -> None:
+        """Asks that what is left along ``dim`` of ``plane`` go on in turns of ``step``, as a shuffle's result does."""
+        rows = core(plane).reshape(-1, step).T
+        self.blocks.append(Block(self.node, "reshape", rows.numpy()))
+        self.merges.append(flat(core(plane)))
+
     def part(self, plane: Plane, dim: int) -> None:
         """Notes that ``plane`` is a part cut along ``dim``: something of it must stay, as a rectangle."""
         dims = support(plane)

@@ -131,7 +131,10 @@ def _slice(remains: Remains) -> dict[str, Any]:
     alive = remains.alive(x, dim)
     if alive.all():
         return {}
-    start, end, _ = slice(remains.call.get("start", 0), remains.call.get("end"), 1).indices(len(alive))
+    bounds = slice(remains.call.get("start", 0), remains.call.get("end"), remains.call["step"])
+    start, end, step = bounds.indices(len(alive))
+    if step > 1:  # the first that is left of those taken: others may be left before it and after ``start``
+        start += step * int(alive[start:end:step].argmax())
     return {"start": int(alive[:start].sum()), "end": int(alive[:end].sum())}
 
 

@@ -44,12 +44,14 @@ def cat(flow: Flow, call: Call) -> Labels:
     """y = x_0, x_1, ... along ``dim``; across the other dimensions the operands are one."""
     dim = call.dim(len(call.shape))
     operands = [operand for operand in call["tensors"] if operand.shape != (0,) and operand.shape[dim]]
+    joint = {d for operand in operands for plane in operand.along(dim) for d in support(plane)}
+    operands = [_refined(flow, operand, dim, joint) for operand in operands]
     others = [_across(operand, dim) for operand in operands]
     across = tuple(1 if d == dim else size for d, size in enumerate(call.shape))
     carried = [plane.expand(call.shape) for plane in flow.meet(others, across).planes]
     if not any(operand.along(dim) for operand in operands):
         return Labels(call.shape, tuple(carried))
-    rows = {d for operand in operands for plane in operand.along(dim) for d in support(plane)} - {dim}
+    rows = joint - {dim}
     pieces = [piece(flow, operand, dim, rows) for operand in operands]
     varying = {d for plane in pieces for d in support(plane)} | {dim}
     joined = settle(torch.cat([narrowed(plane, varying) for plane in pieces], dim).expand(call.shape))
@@ -58,6 +60,20 @@ def cat(flow: Flow, call: Call) -> Labels:
             flow.block(joined, sorted(rows), slabs=narrowed(plane.narrow(dim, 0, 1)).expand(call.shape))
             carried = [other for other in carried if set(support(other)) != rows]
     return Labels(call.shape, (*carried, joined))
+
+
+def _refined(flow: Flow, operand: Labels, dim: int, joint: set[int]) -> Labels:
+    """``operand`` with one plane over ``joint``, of which those that it has there count slabs, if it has such for all.
+
+    So are features shared by all heads, and the copies that say for which, laid beside features of each head.
+    """
+    nested = [plane for plane in operand.planes if {*support(plane)} <= joint]
+    if len(nested) < 2 or not operand.along(dim) or {d for plane in nested for d in support(plane)} != joint:
+        return operand
+    fine = flow.mint(operand.shape, sorted(joint))
+    for plane in nested:
+        flow.block(fine, support(plane), slabs=plane)
+    return Labels(operand.shape, (fine, *(p for p in operand.planes if all(p is not plane for plane in nested))))
 
 
 def _across(operand: Labels, dim: int) -> Labels:
@@ -207,15 +223,20 @@ def unbind(flow: Flow, call: Call) -> list[Labels]:
 
 
 def sliced(flow: Flow, call: Call) -> Labels:
-    """y = x[..., start:end:step, ...]."""
+    """y = x[..., start:end:step, ...]; in steps, what is left of x must take turns as all of it did."""
     x = call["self"]
     dim = call.dim(len(x.shape))
-    if call["step"] != 1:
-        x = flow.freeze(x, [dim], "is taken in steps")
     start, _, step = slice(call.get("start", 0), call.get("end"), call["step"]).indices(x.shape[dim])
     if step == 1:
         return _cut(flow, x, dim, start, call.shape)
-    return Labels(call.shape, tuple(narrowed(plane).expand(call.shape) for plane in x.planes))
+    if x.shape[dim] % step or any(len(support(plane)) > 1 for plane in x.along(dim)):
+        x = flow.freeze(x, [dim], "is taken in steps")
+    places = torch.arange(start, start + step * call.shape[dim], step)
+    for plane in x.along(dim):
+        flow.turns(plane, dim, step)
+        flow.part(plane.index_select(dim, places), dim)
+    taken = (narrowed(p).index_select(dim, places) if dim in support(p) else narrowed(p) for p in x.planes)
+    return Labels(call.shape, tuple(settle(plane.expand(call.shape)) for plane in taken))
 
 
 def embedding(flow: Flow, call: Call) -> Labels:
