@@ -292,6 +292,6 @@ def _count_table(block: Block, inside: Index, units: int) -> Index | None:
 def _pin_reason(classes: Classes, inside: Index) -> str:
     position = classes.pin_of[inside].max()
     if position < 0:
-        return "counts rows that must all stay"
+        return "is shared by heads or groups that only go whole"
     pin = classes.pins[position]
     return f"{pin.reason} ({pin.node})"

@@ -13,6 +13,8 @@ import torch
 
 from speedup.labels import Index, Labels, Plane, broadcast, core, factor, flat, rows_first, settle, support
 
+SHARED = "shares a dimension with other channels, of which only one kind can shrink it"
+
 
 @dataclass(frozen=True)
 class Pin:
@@ -207,14 +209,14 @@ class Flow:
                     self.unite(partner.plane, wide)
                     partner.operands.add(position)
                 elif same:
-                    self.pin(wide, "a second set of labels meets a tensor that has one")
+                    self.pin(wide, SHARED)
                 elif support(wide):
                     fresh.append(_Met(support(wide), wide, {position}))
             met += fresh
         for entry in met:
             lacking = {i for i, operand in enumerate(operands) if all(operand.shape[d] > 1 for d in entry.dims)}
             if any(not _tied(entry, other, met) for other in lacking - entry.operands):
-                self.pin(entry.plane, "is one of several labels that meet a tensor with fewer")
+                self.pin(entry.plane, SHARED)
                 entry.implied = True
         for first, second in itertools.combinations(met, 2):
             self._overlap(first, second, shape)
@@ -287,21 +289,20 @@ class Flow:
         return Labels(shape, tuple(planes))
 
     def _nested_where_merged(self, labels: Labels, shape: tuple[int, ...]) -> Labels:
-        """Returns ``labels`` with one plane where a merge would lay two that share dimensions over each other.
+        """Returns ``labels`` without planes that a merge would lay over others with which they share dimensions.
 
-        What they share then counts slabs of the second; of the first, what differs elsewhere goes together.
+        Such a plane counts slabs of the other; what differs along dimensions of its own goes together.
         """
-        planes = list(labels.planes)
+        planes = sorted(labels.planes, key=lambda plane: len(support(plane)))
         for old, _ in factor(labels.shape, shape):
-            for first, second in itertools.combinations(sorted(planes, key=lambda plane: len(support(plane))), 2):
+            for first, second in itertools.combinations(planes, 2):
                 dims, others = {*support(first)}, {*support(second)}
-                if dims & others & {*old} and dims - {*old} == others - {*old} and any(first is p for p in planes):
+                laid_over = dims - {*old} == others - {*old} and len((dims | others) & {*old}) > 1
+                if laid_over and dims & others & {*old} and dims != others and any(plane is first for plane in planes):
+                    slabs = self.freeze(Labels(labels.shape, (first,)), dims - others, "is merged with other channels")
+                    self.block(second, sorted(dims & others), slabs=slabs.planes[0])
                     planes = [plane for plane in planes if plane is not first]
-                    slabs = self.freeze(Labels(labels.shape, (first,)), dims - others, "is merged").planes[0]
-                    self.block(second, sorted(dims & others), slabs=slabs) if dims != others else self.unite(
-                        slabs, second
-                    )
-        return Labels(labels.shape, tuple(planes))
+        return Labels(labels.shape, tuple(plane for plane in labels.planes if any(plane is p for p in planes)))
 
     def _without_merged_copies(self, labels: Labels, shape: tuple[int, ...]) -> list[Plane]:
         planes = []

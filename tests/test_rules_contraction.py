@@ -339,8 +339,8 @@ ATTENTIONS = (
     Case("attention_with_a_norm_of_queries", lambda: Attention(heads=4, keys=4, norm=True), tokens(), (f"4: {HEADS}",), {"norm.weight/0": ""}),
     Case("grouped_query_attention", lambda: Attention("grouped", heads=4, keys=2), tokens(), (f"2: {HEADS}",)),
     Case("multi_query_attention", lambda: Attention("grouped", heads=4, keys=1), tokens(), ("4: q.weight/0 q.bias/0 k.weight/0 k.bias/0", "4: v.weight/0 v.bias/0 o.weight/1")),
-    Case("multi_query_attention_expanded", lambda: Attention("expanded", heads=4, keys=1), tokens(), ("4: q.weight/0 q.bias/0 o.weight/1",), {"k.weight/0": "counts rows that must all stay", "v.weight/0": "one of several labels"}),
-    Case("multi_query_attention_broadcast", lambda: Attention("broadcast", heads=4, keys=1), tokens(), ("4: q.weight/0 q.bias/0 k.weight/0 k.bias/0",), {"v.weight/0": "one of several labels"}),
+    Case("multi_query_attention_expanded", lambda: Attention("expanded", heads=4, keys=1), tokens(), ("4: q.weight/0 q.bias/0 o.weight/1",), {"k.weight/0": "is shared by heads or groups that only go whole", "v.weight/0": "shares a dimension with other channels"}),
+    Case("multi_query_attention_broadcast", lambda: Attention("broadcast", heads=4, keys=1), tokens(), ("4: q.weight/0 q.bias/0 k.weight/0 k.bias/0",), {"v.weight/0": "shares a dimension with other channels"}),
     *(
         Case(f"fused_projection_{order}", lambda order=order: fused(order), tokens(), ("3: qkv.weight/0 qkv.bias/0 o.weight/1",))
         for order in ("3hd", "h3d", "hd3", "chunk")

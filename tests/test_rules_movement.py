@@ -72,7 +72,7 @@ RESHAPES = (
         ),
         tokens(),
         ("8: a.weight/0 a.bias/0 o.weight/1", "4: o.weight/0 o.bias/0 p.weight/1"),  # o has one label an input
-        {"b.weight/0": "is one of several labels"},
+        {"b.weight/0": "shares a dimension with other channels"},
     ),
     Case(
         "channel_shuffle_then_grouped_conv",
@@ -265,8 +265,8 @@ CUTS = (
         ("5: a.weight/0*5 a.bias/0*5 o.weight/1", "3: a.weight/0*3 a.bias/0*3"),
     ),
     Case(
-        "slice_in_steps_pins",
-        lambda: Net(lambda n, x: n.o(n.a(x)[:, ::2]), a=conv(3, 8), o=conv(4, 2)),
+        "slice_in_steps_of_an_odd_number_pins",
+        lambda: Net(lambda n, x: n.o(n.a(x)[:, ::2]), a=conv(3, 7), o=conv(4, 2)),
         image(),
         (),
         {"a.weight/0": "taken in steps"},

@@ -186,10 +186,10 @@ def test_strict_refuses_an_operator_without_a_rule() -> None:
             self.a, self.o = conv(3, 8), conv(8, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.o(self.a(torch.fft.fft2(x).real))
+            return self.o(self.a(x.cummax(1).values))
 
     assert graphprune.compress(Unknown(), image(), 0.5, round_to=1).model
-    with pytest.raises(ModelError, match=r"^fft_fft2: operator aten.fft_fft2.default has no rule"):
+    with pytest.raises(ModelError, match=r"^cummax: operator aten.cummax.default has no rule"):
         graphprune.compress(Unknown(), image(), 0.5, strict=True)
 
 

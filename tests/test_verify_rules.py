@@ -168,7 +168,7 @@ FALSE_RULES: Mapping[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], M
     "log_softmax over channels is elementwise": (gated(lambda y: y.log_softmax(1)), image, {aten.log_softmax.int: pointwise.TAGGED}),
     "cumprod over channels is elementwise": (gated(lambda y: y.cumprod(1)), image, {aten.cumprod.default: pointwise.TAGGED}),
     "sort over channels is elementwise": (gated(lambda y: y.sort(1).values), image, {aten.sort.default: Rule("x", lambda f, c: [c["self"]] * 2)}),
-    "an unknown operator is elementwise": (gated(lambda y: torch.fft.fft(y, dim=1).real), image, {aten.fft_fft.default: pointwise.TAGGED, aten.real.default: pointwise.TAGGED}),
+    "a transform over channels is elementwise": (gated(lambda y: torch.fft.fft(y, dim=1).real), image, {aten.fft_fft.default: pointwise.TAGGED, aten.view_as_real.default: rule_for(aten.view_as_real.default)}),
     "the minimum over channels is a sum": (gated(lambda y: y.amin(1, keepdim=True)), image, {aten.amin.default: rule_for(aten.sum.dim_IntList)}),
     "the product over channels is a sum": (gated(lambda y: y.prod(1, keepdim=True)), image, {aten.prod.dim_int: rule_for(aten.sum.dim_IntList)}),
     "cat swaps its operands": (joined, image, {aten.cat.default: Rule("concat", cat_swapped, moves=True)}),

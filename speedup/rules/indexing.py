@@ -1,12 +1,12 @@
 """Operators that take parts of a tensor or put tensors together: split, slice, index, cat, stack, pad."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from speedup.flow import Flow
+from speedup.flow import SHARED, Flow
 from speedup.labels import Labels, Plane, narrowed, settle, support
 from speedup.rules.call import Call, Rule
 from speedup.rules.movement import along
@@ -45,58 +45,40 @@ def cat(flow: Flow, call: Call) -> Labels:
     dim = call.dim(len(call.shape))
     operands = [operand for operand in call["tensors"] if operand.shape != (0,) and operand.shape[dim]]
     joint = {d for operand in operands for plane in operand.along(dim) for d in support(plane)}
-    operands = [_refined(flow, operand, dim, joint) for operand in operands]
-    others = [_across(operand, dim) for operand in operands]
-    across = tuple(1 if d == dim else size for d, size in enumerate(call.shape))
-    carried = [plane.expand(call.shape) for plane in flow.meet(others, across).planes]
-    if not any(operand.along(dim) for operand in operands):
-        return Labels(call.shape, tuple(carried))
-    rows = joint - {dim}
-    pieces = [piece(flow, operand, dim, rows) for operand in operands]
-    varying = {d for plane in pieces for d in support(plane)} | {dim}
-    joined = settle(torch.cat([narrowed(plane, varying) for plane in pieces], dim).expand(call.shape))
-    for plane in pieces:
-        if rows and set(support(plane)) == rows:  # the labels of its rows are among those of what is joined
-            flow.block(joined, sorted(rows), slabs=narrowed(plane.narrow(dim, 0, 1)).expand(call.shape))
-            carried = [other for other in carried if set(support(other)) != rows]
-    return Labels(call.shape, (*carried, joined))
+    pieces = [_refined(flow, operand, dim, joint) for operand in operands]
+    others = [across for _, across in pieces]
+    carried = [plane.expand(call.shape) for plane in flow.meet(others, others[0].shape).planes]
+    if joint:
+        joined = torch.cat([narrowed(fine, joint) for fine, _ in pieces], dim)
+        carried.append(settle(joined.expand(call.shape)))
+    return Labels(call.shape, tuple(carried))
 
 
-def _refined(flow: Flow, operand: Labels, dim: int, joint: set[int]) -> Labels:
-    """``operand`` with one plane over ``joint``, of which those that it has there count slabs, if it has such for all.
+def _refined(flow: Flow, operand: Labels, dim: int, joint: set[int]) -> tuple[Plane, Labels]:
+    """The plane that ``operand`` brings along ``dim`` (fixed atoms where it has none), and its labels across ``dim``.
 
-    So are features shared by all heads, and the copies that say for which, laid beside features of each head.
+    Beside operands whose plane varies along more dimensions (the features of each head) the plane is made as fine, if
+    the operand has labels there: what it had counts slabs of it.
     """
-    nested = [plane for plane in operand.planes if {*support(plane)} <= joint]
-    if len(nested) < 2 or not operand.along(dim) or {d for plane in nested for d in support(plane)} != joint:
-        return operand
-    fine = flow.mint(operand.shape, sorted(joint))
-    for plane in nested:
-        flow.block(fine, support(plane), slabs=plane)
-    return Labels(operand.shape, (fine, *(p for p in operand.planes if all(p is not plane for plane in nested))))
+    brought = piece(flow, operand, dim) if joint else flow.mint(operand.shape, [dim])
+    across = [plane for plane in operand.planes if dim not in support(plane)]
+    nested = [plane for plane in across if {*support(plane)} < joint]
+    if {*support(brought), dim} != joint == {dim, *support(brought), *(d for plane in nested for d in support(plane))}:
+        fine = flow.mint(operand.shape, sorted(joint))
+        for plane in (brought, *nested):
+            if support(plane):
+                flow.block(fine, support(plane), slabs=plane)
+        brought, across = fine, [plane for plane in across if not {*support(plane)} < joint]
+    shape = tuple(1 if d == dim else size for d, size in enumerate(operand.shape))
+    return brought, Labels(shape, tuple(plane.narrow(dim, 0, 1) for plane in across))
 
 
-def _across(operand: Labels, dim: int) -> Labels:
-    """``operand`` seen from the other dimensions: those that a plane covers together with ``dim`` have size 1."""
-    joint = {d for plane in operand.along(dim) for d in support(plane)} | {dim}
-    rest = [plane for plane in operand.planes if dim not in support(plane)]
-    joint -= {d for plane in rest for d in support(plane)}
-    shape = tuple(1 if d in joint else size for d, size in enumerate(operand.shape))
-    return Labels(
-        shape,
-        tuple(plane[tuple(slice(0, 1) if d in joint else slice(None) for d in range(plane.dim()))] for plane in rest),
-    )
-
-
-def piece(flow: Flow, operand: Labels, dim: int, rows: Set[int] = frozenset()) -> Plane:
-    """The plane that ``operand`` brings along ``dim``; where it has none that of its rows, if those of others differ.
-
-    Without either its atoms are fixed.
-    """
-    planes = operand.along(dim) or tuple(plane for plane in operand.planes if rows and set(support(plane)) == rows)
+def piece(flow: Flow, operand: Labels, dim: int) -> Plane:
+    """The plane that ``operand`` brings along ``dim``; fixed atoms where it has none."""
+    planes = operand.along(dim)
+    for extra in planes[1:]:
+        flow.pin(extra, SHARED)
     if planes:
-        for extra in planes[1:]:
-            flow.pin(extra, "a second set of labels meets a concatenation")
         return planes[0]
     minted = flow.mint(operand.shape, [dim])
     flow.pin(minted, "is concatenated with a tensor whose size is fixed")
