@@ -65,6 +65,11 @@ class Call:
         """Argument ``name`` as it stands in the graph; its default where left out, None if unknown."""
         return raw_argument(self.node, name)
 
+    def is_masked(self, name: str) -> bool:
+        """Whether a tensor in the list ``name`` is a mask: true or false for each element."""
+        nodes = [item for item in self.raw(name) if item is not None]
+        return any(node.meta["val"].dtype in (torch.bool, torch.uint8) for node in nodes)
+
     def tensors(self) -> list[Labels]:
         """Every tensor argument, in the order of the schema."""
         found = []

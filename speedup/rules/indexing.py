@@ -168,7 +168,7 @@ def index(flow: Flow, call: Call) -> Labels:
         ]
         return Labels(call.shape, tuple(planes))
     frozen = flow.freeze(x, places, "is indexed by a table", structural=True)
-    masked = any(node is not None and node.meta["val"].dtype is torch.bool for node in call.raw("indices"))
+    masked = call.is_masked("indices")
     if masked or places != list(range(places[0], places[-1] + 1)):
         why = "by a mask" if masked else "along dimensions that are not neighbours"
         flow.pin_all(frozen, f"is indexed {why}")
