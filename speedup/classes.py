@@ -236,8 +236,13 @@ def _pin_unread(flow: Flow, of: Index, pin_of: Index) -> None:
 def _pin_rows(flow: Flow, of: Index, pin_of: Index) -> None:
     """Fixes every slab with a fixed member in its row: the row never goes, nor does what counts it, and so on.
 
-    Where every row of a block stays and one is fixed whole, all are: they keep the same number.
+    Nor does another slab of the same row. Where every row of a block stays and one is fixed whole, all are: they keep
+    the same number.
     """
+    alike: dict[tuple[object, ...], list[Index]] = {}
+    for block in flow.blocks:
+        if block.slabs is not None:
+            alike.setdefault((block.members.shape, of[block.members].tobytes()), []).append(of[block.slabs])
     while True:
         before = pin_of.copy()
         for block in flow.blocks:
@@ -249,6 +254,10 @@ def _pin_rows(flow: Flow, of: Index, pin_of: Index) -> None:
             if block.slabs is not None:
                 fixed = pin_of[of[block.members]].max(axis=1)
                 counting = of[block.slabs]
+                pin_of[counting] = np.where(pin_of[counting] >= 0, pin_of[counting], fixed)
+        for slabs in alike.values():
+            fixed = pin_of[np.stack(slabs)].max(axis=0)
+            for counting in slabs:
                 pin_of[counting] = np.where(pin_of[counting] >= 0, pin_of[counting], fixed)
         if (pin_of == before).all():
             return
