@@ -164,7 +164,7 @@ def run(dense: Path, small: Path) -> dict[str, Any]:
 
     model = one_billion().eval()
     loaded = graphprune.load(small, model).eval()
-    fill(model, Checkpoint.open(dense), model.state_dict().keys())
+    fill(model, Checkpoint.open(dense), model.state_dict().keys(), {})
     captured = capture(model, tokens())
     _, _, plan, _ = planned(captured, Request(sparsity=0.5, round_to=1), Stages(lambda name: None))
     direct = shrink(captured, plan).model

@@ -192,13 +192,14 @@ def check_fits(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]], owne
             )
 
 
-def fill(model: nn.Module, checkpoint: Checkpoint, known: Collection[str]) -> None:
+def fill(model: nn.Module, checkpoint: Checkpoint, known: Collection[str], tied: Mapping[str, str]) -> None:
     """Puts a checkpoint into ``model``, which is changed, tensor by tensor.
 
     Args:
         model: The model.
         checkpoint: Its weights; of tied ones a single name will do.
         known: The names that a checkpoint of the model may hold; a graph uses some of them, and makes others itself.
+        tied: For every further name of a tensor the one that a graph has for it.
 
     Raises:
         ModelError: A tensor is missing, not among the known ones, or has another shape.
@@ -208,10 +209,13 @@ def fill(model: nn.Module, checkpoint: Checkpoint, known: Collection[str]) -> No
     first: dict[int, str] = {}
     owners = {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}
     needed = {name: owner for name, owner in owners.items() if name in known and not is_counter(name)}
+    places = {name: name if name in state else tied.get(name, name) for name in checkpoint.entries}
+    needed |= {name: owners[place] for name, place in places.items() if place in state}
     check_fits(checkpoint, {**shapes, **{name: tensor.shape for name, tensor in state.items()}}, needed)
     with torch.no_grad():
-        for name in checkpoint.entries.keys() & state.keys():
-            state[name].copy_(checkpoint.tensor(name))
+        for name, place in places.items():
+            if place in state:
+                state[place].copy_(checkpoint.tensor(name))
 
 
 def is_counter(name: str) -> bool:

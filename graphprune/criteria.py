@@ -87,7 +87,7 @@ CRITERIA: Mapping[str, Criterion] = {"l1": l1, "l2": l2, "fpgm": fpgm, "bn_scale
 
 
 def _in_parts(of: Callable[[Tensor], Tensor], weight: Tensor, dims: list[int]) -> Tensor:
-    """Sums ``of`` every element over ``dims``, some rows at a time, in little memory."""
+    """Sums ``of`` every element over ``dims``, some rows at a time, to need little more memory than the weight."""
     rows = max(1, _PART // max(1, weight[:1].numel()))
     parts = (of(_single(weight[start : start + rows])) for start in range(0, len(weight), rows))
     sums = [part.sum(dims) if dims else part for part in parts]

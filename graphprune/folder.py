@@ -118,7 +118,7 @@ def load(folder: Path | str, model: nn.Module, example_inputs: ExampleInputs | N
     if (folder / WEIGHTS).is_file() or not any((folder / name).is_file() for name in (SINGLE, INDEX)):
         load_weights(shrunk, folder / WEIGHTS)
     else:
-        fill(shrunk, Checkpoint.open(folder), blueprint.dense.keys())
+        fill(shrunk, Checkpoint.open(folder), blueprint.dense.keys(), blueprint.tied)
     return shrunk.train(model.training)
 
 

@@ -90,7 +90,8 @@ def _other_calls(entry: nn.Module, graph: ShrunkGraph, captured: Captured) -> st
                     entry(*copy.deepcopy(args), **copy.deepcopy(kwargs))  # what it makes once and keeps is made now
             program = to_program(entry, args, kwargs, dynamic=captured.fixed_batch is None)
         except Exception as error:  # noqa: BLE001  # whatever the user's code raises
-            return f"{_last_line_of(error)}: {first_line(error)}"
+            raised = error.__cause__ if isinstance(error.__cause__, Exception) else error  # inside torch.export
+            return f"{_last_line_of(raised)}: {first_line(raised)}"
         again = captured_from(program, entry).graph_module
     owned = {id(tensor) for tensor in (*entry.parameters(), *entry.buffers())}
     return first_difference(graph, again, captured.flat_inputs(), batches=captured.batches, owned=owned) or None
