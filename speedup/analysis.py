@@ -147,7 +147,7 @@ def _labelled(
         else:
             call = bind(node, labels, known)
             rule = rule_for(node.target)
-            if rule is None and any(tensor.planes for tensor in call.tensors()):
+            if rule is None:
                 unknown.append(node)
             labels[node.name] = _run(flow, call, rule)
     return labels, unknown

@@ -119,6 +119,8 @@ def _rewrite(graph: fx.Graph, node: fx.Node, argument: str, value: Any, tensors:
     elif isinstance(value, list):
         old = raw_argument(node, argument)
         value = [_entry(graph, node, entry, old[i]) for i, entry in enumerate(value)]
+    elif isinstance(value, Scaled):
+        value = _entry(graph, node, value, raw_argument(node, argument))
     _set_argument(node, argument, value)
 
 

@@ -127,25 +127,34 @@ def _sections(size: int, count: int) -> list[int]:
 
 def _slice(remains: Remains) -> dict[str, Any]:
     x = remains.call["self"]
-    dim = remains.call.dim(len(x.shape))
-    alive = remains.alive(x, dim)
+    alive = remains.alive(x, remains.call.dim(len(x.shape)))
     if alive.all():
         return {}
     bounds = slice(remains.call.get("start", 0), remains.call.get("end"), remains.call["step"])
     start, end, step = bounds.indices(len(alive))
     if step > 1:  # the first that is left of those taken: others may be left before it and after ``start``
         start += step * int(alive[start:end:step].argmax())
-    return {"start": int(alive[:start].sum()), "end": int(alive[:end].sum())}
+    return {
+        "start": _bound(remains.raw("start"), start, alive) if start else remains.raw("start"),
+        "end": _bound(remains.raw("end"), end, alive) if end < len(alive) else remains.raw("end"),
+    }
+
+
+def _bound(raw: Any, place: int, alive: Mask) -> Any:
+    """Where ``place`` is in what is left; what was counted from the end, or in batches, still is."""
+    before = int(alive[:place].sum())
+    if isinstance(raw, fx.Node):
+        return Scaled(before, place)
+    return before - int(alive.sum()) if isinstance(raw, int) and raw < 0 and before < alive.sum() else before
 
 
 def _select(remains: Remains) -> dict[str, Any]:
     x = remains.call["self"]
     alive = remains.alive(x, remains.call.dim(len(x.shape)))
-    index = int(remains.call["index"])
-    if not alive[index]:
-        place = index % len(alive)
+    place = int(remains.call["index"]) % len(alive)
+    if not alive[place]:
         raise PlanError(f"{remains.call.node.name}: the index it takes would be removed. Keep index {place}.")
-    return {"index": int(alive[:index].sum()) if index >= 0 else -int(alive[index:].sum())}
+    return {"index": _bound(remains.raw("index"), place, alive)}
 
 
 def _chosen(alive: Mask, index: Index) -> list[int]:

@@ -1,7 +1,8 @@
 """The user's own class with smaller tensors: its attributes that repeat sizes get the new ones."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from speedup.capture import Captured
 from speedup.inputs import batch_size
+from speedup.literals import LITERALS
 from speedup.plan import Scaled, ShrinkPlan
 from speedup.program import evaluating
 from speedup.rules.call import raw_argument
@@ -17,20 +19,37 @@ from speedup.rules.call import raw_argument
 
 @dataclass(frozen=True)
 class Repair:
-    """An attribute of a submodule that held a dense size and now holds the new one."""
+    """An attribute of a submodule that held a dense size and now holds the new one.
+
+    Attributes:
+        module: Qualified name of the submodule.
+        attribute: Its name; ``config.num_heads`` for one of an object that the submodule holds as ``config``.
+        old: The dense value.
+        new: The value in the shrunk model.
+    """
 
     module: str
     attribute: str
     old: Any
     new: Any
 
+    @property
+    def holder(self) -> str:
+        """Name of the attribute that holds the object; empty where the attribute is the submodule's own."""
+        return self.attribute.rpartition(".")[0]
+
 
 def repaired(model: nn.Module, swaps: Mapping[int, Tensor], repairs: Iterable[Repair]) -> nn.Module:
     """Returns a copy of ``model`` with other tensors in the places of its own, and attributes set to new sizes."""
     computed = {id(tensor): tensor.detach() for tensor in _attributes(model) if not tensor.is_leaf}
     module = copy.deepcopy(model, {**computed, **swaps})
+    repairs = tuple(repairs)
+    _share_out(module, repairs)
     for repair in repairs:
-        setattr(module.get_submodule(repair.module), repair.attribute, repair.new)
+        owner = module.get_submodule(repair.module)
+        setattr(
+            getattr(owner, repair.holder) if repair.holder else owner, repair.attribute.rpartition(".")[2], repair.new
+        )
     new = []
     with evaluating(module), torch.no_grad():  # a parametrised weight is computed when it is read
         for submodule in module.modules():
@@ -46,6 +65,21 @@ def _attributes(model: nn.Module) -> Iterator[Tensor]:
     """The tensors that modules hold as plain attributes, such as the last weight of a weight norm of the old kind."""
     for module in model.modules():
         yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+
+
+def _share_out(module: nn.Module, repairs: Sequence[Repair]) -> None:
+    """Gives submodules that hold one object, but need other sizes in it, copies of their own."""
+    wanted: dict[tuple[int, str], set[str]] = {}
+    holders: dict[int, set[tuple[str, str]]] = {}
+    for repair in repairs:
+        if repair.holder:
+            held = id(getattr(module.get_submodule(repair.module), repair.holder))
+            wanted.setdefault((held, repair.attribute), set()).add(repr(repair.new))
+            holders.setdefault(held, set()).add((repair.module, repair.holder))
+    for held in {held for (held, _), values in wanted.items() if len(values) > 1}:
+        for path, name in holders[held]:
+            owner = module.get_submodule(path)
+            setattr(owner, name, copy.copy(getattr(owner, name)))
 
 
 def _convolution_sizes(module: Any) -> dict[str, Any]:
@@ -102,43 +136,106 @@ STANDARD_SIZES: Mapping[type[nn.Module], Callable[[Any], dict[str, Any]]] = {
 """The attributes of layers of ``torch.nn`` that repeat the sizes of their tensors."""
 
 
-def find_repairs(captured: Captured, plan: ShrinkPlan) -> tuple[Repair, ...]:
-    """Returns the attributes that hold a size which a literal of the graph had to give up.
+def find_repairs(captured: Captured, plan: ShrinkPlan) -> tuple[tuple[Repair, ...], ...]:
+    """Returns the attributes that hold a size which a literal of the graph had to give up, as sets to try in turn.
 
     A changed literal names its module by ``nn_module_stack``. If the module has an attribute of the argument's name,
     that is given the new value; else any integer of that module that equals the old value, alone or inside a tuple.
-    Two literals that disagree leave the attribute as it is.
+    Two literals that disagree leave the attribute as it is. The first set leaves alone what equals a literal that
+    stays as well, the second does not; the third has attributes of objects that the modules hold (a configuration), the
+    last those of the modules around them.
     """
-    changes: dict[str, dict[int, set[int]]] = {}
-    repairs = []
+    named: list[Repair] = []
+    changes: dict[str, _Sizes] = {}
+    around: dict[str, _Sizes] = {}
     batch = batch_size(captured.flat_inputs())
     modules = dict(captured.model.named_modules())
     for node in captured.nodes:
         stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values() if path in modules]
-        if node.name not in plan.literals or not stack:
+        if node.target not in LITERALS or not stack:
             continue
-        for argument, value in plan.literals[node.name].items():
-            old = raw_argument(node, argument)
-            held = vars(modules[stack[-1]]).get(argument)
-            if isinstance(held, int | tuple | list) and held == old:
-                repairs.append(Repair(stack[-1], argument, old, value))
+        sizes = changes.setdefault(stack[-1], _Sizes())
+        inside = modules[stack[-1]].named_children()
+        near = [*stack[:-1], *(f"{stack[-1]}.{name}".lstrip(".") for name, _ in inside)]
+        everyone = [sizes, *(around.setdefault(path, _Sizes()) for path in near)]
+        new_values = plan.literals.get(node.name, {})
+        for argument in node.target._schema.arguments:  # type: ignore[union-attr]  # an OpOverload
+            old = raw_argument(node, argument.name)
+            value = new_values.get(argument.name, old)
+            held = vars(modules[stack[-1]]).get(argument.name)
+            if value is not old and isinstance(held, int | tuple | list) and held == old:
+                named.append(Repair(stack[-1], argument.name, old, value))
                 continue
-            entries = value if isinstance(value, list) else [value]
-            olds = list(old) if isinstance(old, list | tuple) else [old]
-            for new_entry, old_entry in zip(entries, olds, strict=False):
-                if isinstance(new_entry, Scaled) and new_entry.old % batch == new_entry.new % batch == 0:
-                    changes.setdefault(stack[-1], {}).setdefault(new_entry.old // batch, set()).add(
-                        new_entry.new // batch
-                    )
-                elif isinstance(new_entry, int) and isinstance(old_entry, int) and new_entry != old_entry:
-                    changes.setdefault(stack[-1], {}).setdefault(old_entry, set()).add(new_entry)
-    for path, sizes in changes.items():
-        certain = {old: news.copy().pop() for old, news in sizes.items() if len(news) == 1}
-        for name, value in vars(modules[path]).items():
-            new = _replaced(value, certain)
-            if not name.startswith("_") and new is not value and new != value:
-                repairs.append(Repair(path, name, value, new))
-    return tuple(repairs)
+            for one in everyone:
+                one.note(old, value, batch)
+    given = {(repair.module, repair.attribute) for repair in named}
+
+    def own(choice: Callable[["_Sizes"], Mapping[int, int]]) -> tuple[Repair, ...]:
+        found = [r for path, sizes in changes.items() for r in _repairs(path, vars(modules[path]), choice(sizes))]
+        return (*named, *(repair for repair in found if (repair.module, repair.attribute) not in given))
+
+    held = [
+        Repair(path, f"{holder}.{repair.attribute}", repair.old, repair.new)
+        for path, sizes in changes.items()
+        for holder, thing in vars(modules[path]).items()
+        if _holds_sizes(holder, thing)
+        for repair in _repairs(path, vars(thing), sizes.possible)
+    ]
+    nearby = [
+        repair
+        for path, sizes in around.items()
+        if not isinstance(modules[path], tuple(STANDARD_SIZES))
+        for repair in _repairs(path, vars(modules[path]), sizes.possible)
+    ]
+    known = {(repair.module, repair.attribute) for repair in own(lambda sizes: sizes.possible)}
+    nearby = [repair for repair in nearby if (repair.module, repair.attribute) not in known]
+    first, second = own(lambda sizes: sizes.certain), own(lambda sizes: sizes.possible)
+    choices = (first, second, (*second, *held), (*second, *held, *nearby))
+    return tuple(choice for place, choice in enumerate(choices) if choice not in choices[:place])
+
+
+class _Sizes:
+    """What has become of the sizes in the literals of a module."""
+
+    def __init__(self) -> None:
+        self.changed: dict[int, set[int]] = {}
+        self.stayed: set[int] = set()
+
+    def note(self, old: Any, value: Any, batch: int) -> None:
+        """Notes an argument: a number or a list of numbers, before and after."""
+        entries = value if isinstance(value, list | tuple) else [value]
+        olds = list(old) if isinstance(old, list | tuple) else [old]
+        for new_entry, old_entry in zip(entries, olds, strict=False):
+            if isinstance(new_entry, Scaled) and new_entry.old % batch == new_entry.new % batch == 0:
+                self.changed.setdefault(new_entry.old // batch, set()).add(new_entry.new // batch)
+            elif isinstance(new_entry, int) and isinstance(old_entry, int) and new_entry != old_entry:
+                self.changed.setdefault(old_entry, set()).add(new_entry)
+            elif isinstance(old_entry, int) and isinstance(old, list | tuple):
+                self.stayed.add(old_entry)
+
+    @property
+    def possible(self) -> dict[int, int]:
+        """The sizes that some literal gave up, and the one that took their place."""
+        return {old: next(iter(news)) for old, news in self.changed.items() if len(news) == 1}
+
+    @property
+    def certain(self) -> dict[int, int]:
+        """Those that no literal keeps."""
+        return {old: new for old, new in self.possible.items() if old not in self.stayed}
+
+
+def _repairs(path: str, attributes: Mapping[str, Any], sizes: Mapping[int, int]) -> Iterator[Repair]:
+    """The attributes that hold one of the sizes."""
+    for name, value in attributes.items():
+        new = _replaced(value, sizes)
+        if not name.startswith("_") and new is not value and new != value:
+            yield Repair(path, name, value, new)
+
+
+def _holds_sizes(name: str, thing: Any) -> bool:
+    """Whether a module's attribute is an object with attributes: a configuration."""
+    plain = not isinstance(thing, nn.Module | Tensor | type) and not callable(thing)
+    return plain and hasattr(thing, "__dict__") and not name.startswith("_")
 
 
 def _replaced(value: Any, sizes: Mapping[int, int]) -> Any:
@@ -149,16 +246,74 @@ def _replaced(value: Any, sizes: Mapping[int, int]) -> Any:
     return value
 
 
-def fewest(repairs: tuple[Repair, ...], fits: Callable[[tuple[Repair, ...]], bool]) -> tuple[Repair, ...] | None:
-    """Returns as few of the repairs, by attribute name, as the class fits with; None if it fits with none of the tries.
+FITS = float("inf")
+_TRIES = 60
+
+
+def fewest(
+    model: nn.Module, choices: Sequence[tuple[Repair, ...]], far: Callable[[tuple[Repair, ...]], float]
+) -> Iterator[tuple[Repair, ...]]:
+    """Yields sets of repairs with which the class fits, each with as few as it needs.
 
     A number can be equal to a size by chance: where it is not needed, or does harm, it stays.
+
+    Args:
+        model: The dense model.
+        choices: Repairs to choose from, in sets to try in turn.
+        far: Runs the class with some repairs; returns how far it gets: the calls of modules, :data:`FITS` if it fits.
     """
-    if fits(()):
-        return ()
-    found = repairs if repairs and fits(repairs) else None
-    for name in dict.fromkeys(repair.attribute for repair in repairs):
-        fewer = tuple(repair for repair in found or repairs if repair.attribute != name)
-        if fewer and fits(fewer):
-            found = fewer
+    if far(()) == FITS:
+        yield ()
+        return
+    reached = [(far(repairs), repairs) for repairs in choices if repairs]
+    for _, repairs in sorted(reached, key=lambda pair: -pair[0]):
+        found = _searched(model, repairs, far)
+        if found is not None:
+            yield _needed(model, found, far)
+
+
+def _searched(
+    model: nn.Module, repairs: tuple[Repair, ...], far: Callable[[tuple[Repair, ...]], float]
+) -> tuple[Repair, ...] | None:
+    """Leaves out, or takes in again, what gets the class further: by name, by class, by place, one by one."""
+    chosen, best, tries = repairs, far(repairs), 0
+    improved = True
+    while improved and best < FITS:
+        improved = False
+        for group in _groups(model, repairs):
+            tries += 1
+            fewer = tuple(r for r in repairs if (r in chosen) != (r in group))
+            reached = far(fewer) if fewer and tries <= _TRIES else 0.0
+            if reached > best:
+                chosen, best, improved = fewer, reached, True
+                if best == FITS:
+                    break
+    return chosen if best == FITS else None
+
+
+def _needed(
+    model: nn.Module, repairs: tuple[Repair, ...], far: Callable[[tuple[Repair, ...]], float]
+) -> tuple[Repair, ...]:
+    """Those of the repairs, in groups of one name and class, without which the class does not fit."""
+    for group in _groups(model, repairs, finest=2):
+        fewer = tuple(repair for repair in repairs if repair not in group)
+        if fewer and len(fewer) < len(repairs) and far(fewer) == FITS:
+            repairs = fewer
+    return repairs
+
+
+def _groups(model: nn.Module, repairs: Sequence[Repair], finest: int = 4) -> list[list[Repair]]:
+    """Repairs that likely are needed together or not at all, the largest groups first, each once."""
+    keys: tuple[Callable[[Repair], Any], ...] = (
+        lambda repair: repair.attribute,
+        lambda repair: (type(model.get_submodule(repair.module)), repair.attribute),
+        lambda repair: (re.sub(r"\d+", "*", repair.module), repair.attribute),
+        lambda repair: (repair.module, repair.attribute),
+    )
+    found: list[list[Repair]] = []
+    for key in keys[:finest]:
+        groups: dict[Any, list[Repair]] = {}
+        for repair in repairs:
+            groups.setdefault(key(repair), []).append(repair)
+        found += [group for group in groups.values() if group not in found]
     return found

@@ -21,7 +21,7 @@ from speedup.inputs import with_batch
 from speedup.numeric import perturbed, relative_difference, varied
 from speedup.plan import ShrinkPlan
 from speedup.program import beside, evaluating, is_hollow, quiet, to_program
-from speedup.repair import Repair, fewest, find_repairs, repaired
+from speedup.repair import FITS, Repair, fewest, find_repairs, repaired
 from speedup.replay import first_difference
 
 
@@ -53,24 +53,26 @@ def shrink(captured: Captured, plan: ShrinkPlan) -> Shrunk:
     for module in captured.graph_module.modules():
         module.training = captured.model.training
     swaps = _swaps(captured, plan, graph)
-    obstacles: list[str | None] = []
+    obstacles: list[str] = []
 
-    def fits(repairs: tuple[Repair, ...]) -> bool:
+    def far(repairs: tuple[Repair, ...]) -> float:
         entry = captured.entry(repaired(captured.model, swaps, repairs))
-        compared = _other_calls if is_hollow(captured.model) else difference
-        obstacles.append(compared(entry, graph, captured) or _training_error(entry, captured))
-        return obstacles[-1] is None
+        obstacle, calls = _compared(entry, graph, captured)
+        obstacle = obstacle or _training_error(entry, captured)
+        obstacles.append(obstacle or "")
+        return calls if obstacle else FITS
 
-    repairs = fewest(find_repairs(captured, plan), fits)
-    obstacle = obstacles[:2][-1]  # that of all repairs, tried second
-    if repairs is not None:
+    obstacle = ""
+    for repairs in fewest(captured.model, find_repairs(captured, plan), far):
         module = repaired(captured.model, swaps, repairs)
         measured = repairs + _bare_norms(module, captured)
         if measured != repairs:
             module = repaired(captured.model, swaps, measured)
-        obstacle = _other_calls(captured.entry(module), graph, captured)
-        if not obstacle:
+        other = _other_calls(captured.entry(module), graph, captured)
+        if not other:
             return Shrunk(module, graph, measured, None)
+        obstacle = obstacle or other
+    obstacle = obstacle or obstacles[:2][-1]  # that of the first repairs, tried second
     if captured.parts is not None:
         raise PlanError(
             f"{obstacle}: this code does not fit its smaller tensors, and a model that is captured in parts has no "
@@ -147,6 +149,25 @@ def _bare_norms(module: nn.Module, captured: Captured) -> tuple[Repair, ...]:
     for hook in hooks:
         hook.remove()
     return tuple(found.values())
+
+
+def _compared(module: nn.Module, graph: ShrunkGraph, captured: Captured) -> tuple[str | None, int]:
+    """Returns what :func:`difference` does, and how many calls of modules there were before it showed.
+
+    Without weights no numbers can differ: the calls are compared instead.
+    """
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    hook = nn.modules.module.register_module_forward_hook(count)
+    try:
+        compared = _other_calls if is_hollow(module) else difference
+        return compared(module, graph, captured), calls
+    finally:
+        hook.remove()
 
 
 def difference(module: nn.Module, graph: ShrunkGraph, captured: Captured) -> str | None:
