@@ -1,6 +1,7 @@
 """What a graph costs: parameters and multiply-accumulates, for the whole and for each layer."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,23 @@ class Cost:
     shapes: Mapping[str, tuple[int, ...]]
 
 
+def _recurrent_flops(x: Sequence[int], feed: Sequence[int], back: Sequence[int], *_: Any, **__: Any) -> int:
+    """Every step of every example multiplies by both weights; x has shape (steps, examples, inputs)."""
+    return 2 * math.prod(x[:2]) * (math.prod(feed) + math.prod(back))
+
+
+def _bilinear_flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    """Every example multiplies by the whole weight."""
+    return 2 * math.prod(x[:-1]) * math.prod(weight)
+
+
+_FLOPS: Mapping[Any, Callable[..., int]] = {
+    torch.ops.aten.mkldnn_rnn_layer: _recurrent_flops,
+    torch.ops.aten._trilinear: _bilinear_flops,
+}
+"""Floating-point operations, from shapes, of operators that PyTorch counts none of."""
+
+
 class _Counting(fx.Interpreter):
     """Runs a graph and writes down the operations of each layer."""
 
@@ -48,7 +66,7 @@ class _Counting(fx.Interpreter):
         return pytree.tree_map_only(Tensor, self.copied, super().get_attr(*args))
 
     def run_node(self, n: fx.Node) -> Any:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=dict(_FLOPS)) as counter:
             result = super().run_node(n)
         if count := counter.get_total_flops():
             owners = [str(source.target) for source in n.all_input_nodes if source.op == "get_attr"]

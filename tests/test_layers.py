@@ -8,7 +8,9 @@ import torch
 from test_shrink import compressed
 from torch import Tensor, nn
 
+from graphprune.budget import cost
 from graphprune.errors import ModelError
+from speedup.capture import capture
 from speedup.errors import CaptureError
 
 pytestmark = pytest.mark.usefixtures("quiet_and_quick")
@@ -157,3 +159,29 @@ def test_inputs_and_layers_that_cannot_be_captured_end_in_one_line() -> None:
         compressed(nn.LSTM(5, 8), (packed,))
     with pytest.raises(CaptureError, match="lazy layers have no sizes yet. Call it once"):
         compressed(nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d()), EXAMPLES[2])
+
+
+@pytest.mark.parametrize(
+    ("layer", "steps"),
+    [
+        (nn.LSTM(5, 8, 2, batch_first=True, bidirectional=True), 4),
+        (nn.LSTM(5, 8, batch_first=True, proj_size=3), 4),
+        (nn.GRU(5, 8, batch_first=True), 4),
+        (nn.RNN(5, 8, batch_first=True), 4),
+        (nn.Bilinear(5, 5, 8), 4),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_multiplications_are_counted(layer: nn.Module, steps: int) -> None:
+    class Called(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            result = self.layer(x, x) if isinstance(layer, nn.Bilinear) else self.layer(x)[0]
+            return result  # type: ignore[no-any-return]  # a module returns anything
+
+    captured = capture(Called().eval(), torch.randn(3, steps, 5))
+    weights = sum(weight.numel() for weight in layer.parameters() if weight.dim() > 1)
+    assert cost(captured.graph_module, captured).macs == steps * weights

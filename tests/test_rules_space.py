@@ -92,6 +92,13 @@ BAGGED = (
         mixes=True,  # the bags are those of the example
     ),
     Case(
+        "embedding_bag_with_learned_weights",
+        lambda: Net(lambda n, x: n.o(F.embedding_bag(x, n.e, mode="sum", per_sample_weights=n.w)), e=nn.Parameter(torch.randn(20, 8)), w=nn.Parameter(torch.randn(3, 5)), o=nn.Linear(8, 2)),
+        BAGS,
+        ("8: e/1 o.weight/1",),
+        {"w/1": "goes with the indices"},
+    ),
+    Case(
         "embedding_of_bounded_length",
         lambda: nn.Sequential(nn.Embedding(20, 8, max_norm=1.5), nn.Linear(8, 2)),
         BAGS,

@@ -230,6 +230,8 @@ def embedding(flow: Flow, call: Call) -> Labels:
 def embedding_bag(flow: Flow, call: Call) -> list[Labels]:
     """y[b, :] = the sum, mean or maximum of W[index[i], :] over the i of bag b; the width is carried."""
     weight = flow.freeze(call["weight"], [0], "is looked up by index", structural=True)
+    for other in call.tensors()[1:]:
+        flow.pin_all(other, "goes with the indices of a bag")
     width = weight.shape[1]
     return [
         Labels(shape, tuple(p[0].expand(shape) for p in weight.planes) if len(shape) == 2 and shape[1] == width else ())

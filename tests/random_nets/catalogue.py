@@ -21,6 +21,7 @@ from random_nets.operations import (
     norms,
     pointwise,
     products,
+    recurrent,
     reductions,
     space,
     splits,
@@ -100,6 +101,10 @@ WEIGHTS: Mapping[type[Op], int] = {
     attention_blocks.LibraryAttention: 3,
     attention_blocks.CrossAttention: 2,
     attention_blocks.WindowAttention: 2,
+    recurrent.Recurrent: 6,
+    recurrent.Steps: 2,
+    products.Form: 2,
+    space.Windows: 2,
     # the first and the last step of a program, never drawn
     tokens.Embedding: 0,
     ends.Head: 0,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from random_nets.op import Op, Variant
 from random_nets.program import Choose, Settings
-from random_nets.shapes import WIDTHS, Shape, is_image, is_sequence, is_vector
+from random_nets.shapes import SEQUENCE, VECTOR, WIDTHS, Shape, channels, is_image, is_sequence, is_vector
 
 
 class Gram(Variant):
@@ -101,3 +101,30 @@ class Outer(Op):
             return self.fc(x, y)
         z = torch.einsum("bi,bj->bij", x, y) if self.how == "einsum" else x[:, :, None] * y[:, None, :]
         return self.fc(z.flatten(1))
+
+
+class Form(Op):
+    """A bilinear form of two values for each output, as a layer or written as an einsum with an ellipsis."""
+
+    takes = VECTOR | SEQUENCE
+    arity = 2
+    makes_silence = True
+
+    def __init__(self, first: int, second: int, cout: int, how: str) -> None:
+        super().__init__()
+        self.form = nn.Bilinear(first, second, cout, bias=how == "layer")
+        self.how = how
+
+    @classmethod
+    def fits(cls, *shapes: Shape) -> bool:
+        return super().fits(*shapes) and shapes[0][:-1] == shapes[1][:-1]
+
+    @classmethod
+    def draw(cls, choose: Choose, *shapes: Shape) -> Settings:
+        first, second = (channels(shape) for shape in shapes)
+        return {"first": first, "second": second, "cout": choose(WIDTHS), "how": choose(["layer", "einsum"])}
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.how == "layer":
+            return self.form(x, y)
+        return torch.einsum("...i,oij,...j->...o", x, self.form.weight, y)

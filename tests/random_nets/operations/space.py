@@ -82,3 +82,24 @@ class PixelUnshuffle(Variant):
         b, c, h, w = x.shape
         x = x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 3, 5, 1, 2, 4)
         return x.reshape(b, 4 * c, h // 2, w // 2)
+
+
+class Windows(Variant):
+    """Windows of two by two as tokens, put together again or unpooled: fold, unfold, max_unpool."""
+
+    hows = ("tokens", "together", "overlapping", "sliding", "unpooled")
+
+    @classmethod
+    def fits(cls, *shapes: Shape) -> bool:
+        return is_image(shapes[0]) and shapes[0][1] % 2 == shapes[0][2] % 2 == 0 and shapes[0][0] <= 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "tokens":
+            return F.unfold(x, 2, stride=2).transpose(1, 2)
+        if self.how == "sliding":
+            return x.unfold(2, 2, 2).unfold(3, 2, 1).mean((4, 5))
+        if self.how == "unpooled":
+            pooled, places = F.max_pool2d(x, 2, return_indices=True)
+            return F.max_unpool2d(pooled, places, 2)
+        step = 2 if self.how == "together" else 1
+        return F.fold(F.unfold(x, 2, stride=step), x.shape[2:], 2, stride=step)
