@@ -255,6 +255,7 @@ def fewest(
 ) -> Iterator[tuple[Repair, ...]]:
     """Yields sets of repairs with which the class fits, each with as few as it needs.
 
+    The first set to choose from is where the search begins; it is part of the others.
     A number can be equal to a size by chance: where it is not needed, or does harm, it stays.
 
     Args:
@@ -262,30 +263,46 @@ def fewest(
         choices: Repairs to choose from, in sets to try in turn.
         far: Runs the class with some repairs; returns how far it gets: the calls of modules, :data:`FITS` if it fits.
     """
-    if far(()) == FITS:
+    known: dict[frozenset[tuple[str, str]], float] = {}
+
+    def once(repairs: tuple[Repair, ...]) -> float:
+        key = frozenset((repair.module, repair.attribute) for repair in repairs)
+        if key not in known:
+            known[key] = far(repairs)
+        return known[key]
+
+    if once(()) == FITS:
         yield ()
         return
-    reached = [(far(repairs), repairs) for repairs in choices if repairs]
-    for _, repairs in sorted(reached, key=lambda pair: -pair[0]):
-        found = _searched(model, repairs, far)
-        if found is not None:
-            yield _needed(model, found, far)
+    if once(choices[0]) == FITS:
+        yield _needed(model, choices[0], once)
+    for repairs in filter(None, choices[1:] or choices):
+        for start in sorted((choices[0], repairs), key=lambda start: -once(start)):
+            found = _searched(model, repairs, start, once)
+            if found is not None:
+                yield _needed(model, found, once)
+                break
 
 
 def _searched(
-    model: nn.Module, repairs: tuple[Repair, ...], far: Callable[[tuple[Repair, ...]], float]
+    model: nn.Module,
+    repairs: tuple[Repair, ...],
+    chosen: tuple[Repair, ...],
+    far: Callable[[tuple[Repair, ...]], float],
 ) -> tuple[Repair, ...] | None:
-    """Leaves out, or takes in again, what gets the class further: by name, by class, by place, one by one."""
-    chosen, best, tries = repairs, far(repairs), 0
-    improved = True
+    """Leaves out, or takes in, what gets the class further: by name, by class, by place, one by one."""
+    best, tries, improved = far(chosen), 0, True
     while improved and best < FITS:
         improved = False
         for group in _groups(model, repairs):
+            whole = all(repair in chosen for repair in group)
+            other = tuple(
+                r for r in repairs if (r in chosen and not (whole and r in group)) or (r in group and not whole)
+            )
             tries += 1
-            fewer = tuple(r for r in repairs if (r in chosen) != (r in group))
-            reached = far(fewer) if fewer and tries <= _TRIES else 0.0
+            reached = far(other) if tries <= _TRIES else 0.0
             if reached > best:
-                chosen, best, improved = fewer, reached, True
+                chosen, best, improved = other, reached, True
                 if best == FITS:
                     break
     return chosen if best == FITS else None
