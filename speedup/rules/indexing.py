@@ -49,8 +49,12 @@ def cat(flow: Flow, call: Call) -> Labels:
     others = [across for _, across in pieces]
     carried = [plane.expand(call.shape) for plane in flow.meet(others, others[0].shape).planes]
     if joint:
-        joined = torch.cat([narrowed(fine, joint) for fine, _ in pieces], dim)
-        carried.append(settle(joined.expand(call.shape)))
+        joined = settle(torch.cat([narrowed(fine, joint) for fine, _ in pieces], dim).expand(call.shape))
+        rows = joint - {dim}
+        for plane in (plane for operand in operands if not operand.along(dim) for plane in operand.planes):
+            if rows and {*support(plane)} == rows:  # a part of each row is fixed: rows go whole, or not at all
+                flow.block(joined, sorted(rows), slabs=narrowed(plane.narrow(dim, 0, 1)).expand(call.shape))
+        carried.append(joined)
     return Labels(call.shape, tuple(carried))
 
 
