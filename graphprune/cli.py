@@ -112,6 +112,19 @@ def compress_command(
     only: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Module whose channels may go, or glob; repeatable.")
     ] = None,
+    heads: Annotated[
+        bool | None, typer.Option("--heads/--no-heads", help="Whole heads of attention may go.", show_default="yes")
+    ] = None,
+    head_dims: Annotated[
+        bool | None,
+        typer.Option("--head-dims/--no-head-dims", help="Dimensions of every head may go.", show_default="no"),
+    ] = None,
+    ffn: Annotated[
+        bool | None, typer.Option("--ffn/--no-ffn", help="Channels between two layers may go.", show_default="yes")
+    ] = None,
+    width: Annotated[
+        bool | None, typer.Option("--width/--no-width", help="The residual stream may go.", show_default="yes")
+    ] = None,
     round_to: Annotated[str, typer.Option(help="Keep multiples of this; auto asks onnxruntime on this CPU.")] = "auto",
     min_channels: Annotated[int, typer.Option(help="Channels that every axis keeps at least.")] = 1,
     seed: Seed = 0,
@@ -143,6 +156,10 @@ def compress_command(
         scope=scope,
         exclude=tuple(exclude or ()),
         only=tuple(only or ()),
+        heads=heads,
+        head_dims=head_dims,
+        ffn=ffn,
+        width=width,
         round_to=_round_to(round_to),
         min_channels=min_channels,
         seed=seed,

@@ -15,6 +15,7 @@ from graphprune.criteria import CRITERIA
 from graphprune.dependency import DependencyGraph, find_dependencies
 from graphprune.errors import ConfigError, ModelError
 from graphprune.groups import ChannelGroup, Member
+from graphprune.kinds import MEANINGS
 from graphprune.report import Report, build_report
 from graphprune.select import Selection, select
 from speedup.analysis import Analysis, analyse
@@ -83,8 +84,8 @@ def compress(
         example_inputs: A tensor, a tuple of positional inputs or a mapping of keyword inputs.
         sparsity: Share of the channels of every prunable group that goes, in [0, 1).
         progress: Called with the name of each stage as it begins.
-        **options: The other fields of :class:`~graphprune.config.Request`: criterion, scope, exclude, only, round_to,
-            min_channels, seed, strict.
+        **options: The other fields of :class:`~graphprune.config.Request`: criterion, scope, exclude, only, heads,
+            head_dims, ffn, width, round_to, min_channels, seed, strict.
 
     Raises:
         ConfigError: An option makes no sense for this model.
@@ -122,7 +123,7 @@ def planned(captured: Captured, request: Request, stage: Stages) -> tuple[Depend
     """
     analysis = stage("analyse", analyse, captured)
     stage("check", _check, analysis, request)
-    dependencies = stage("group", find_dependencies, analysis)
+    dependencies = stage("group", find_dependencies, analysis, whole_heads=not request.head_dims)
     scores = stage("score", CRITERIA[request.criterion], analysis, request.seed)
     block = stage("probe", _preferred_block) if request.round_to == "auto" else request.round_to
     selection = stage(
@@ -173,7 +174,7 @@ def _numbers(tensor: Tensor, finite: bool) -> bool:
 
 
 def _spared(analysis: Analysis, request: Request) -> Callable[[ChannelGroup], str | None]:
-    """Returns the function that says why a group is left alone: --exclude and --only, by module."""
+    """Returns the function that says why a group is left alone: by the kind of its channels, or by module."""
     model = analysis.captured.model
     names = [name for name, _ in model.named_modules() if name]
     excluded, wanted = (_matching(names, patterns) for patterns in (request.exclude, request.only))
@@ -190,6 +191,8 @@ def _spared(analysis: Analysis, request: Request) -> Callable[[ChannelGroup], st
         return sharing & callers or sharing
 
     def spared(group: ChannelGroup) -> str | None:
+        if group.kind not in request.kinds:
+            return f"{MEANINGS[group.kind]} should stay"
         producers = set().union(*(modules(group, member) for member in group.members if member.role == "out"))
         if hit := sorted(producers & excluded):
             return f"excluded by name ({hit[0]})"

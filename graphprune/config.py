@@ -4,10 +4,11 @@ import difflib
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from graphprune.criteria import CRITERIA
 from graphprune.errors import ConfigError
+from graphprune.kinds import KINDS, Kind
 
 
 class Request(BaseModel):
@@ -19,6 +20,11 @@ class Request(BaseModel):
         scope: ``local`` takes the share from each group, ``global`` from all of them by one ranking.
         exclude: Modules whose output channels stay, by name or glob.
         only: If given, the only modules whose output channels may go, by name or glob.
+        heads: Whether whole heads of attention may go, under grouped queries together with their keys and values. With
+            any of the four named True only those may; with some False the others may; by default all but head_dims.
+        head_dims: Whether dimensions of heads may go, as many of each head, instead of whole heads.
+        ffn: Whether channels between two layers may go: hidden ones of feed-forward networks, bottlenecks.
+        width: Whether channels may go that several layers add to: the residual stream.
         round_to: What is kept of an axis is a multiple of this; ``auto`` asks onnxruntime on this CPU.
         min_channels: Channels that every axis keeps at least.
         seed: Of everything that is random.
@@ -32,6 +38,10 @@ class Request(BaseModel):
     scope: Literal["local", "global"] = "local"
     exclude: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
+    heads: bool | None = None
+    head_dims: bool | None = None
+    ffn: bool | None = None
+    width: bool | None = None
     round_to: int | Literal["auto"] = "auto"
     min_channels: int = 1
     seed: int = 0
@@ -77,6 +87,21 @@ class Request(BaseModel):
     def _names_are_several(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
+    @model_validator(mode="after")
+    def _heads_go_one_way(self) -> "Request":
+        if self.heads and self.head_dims:
+            raise ValueError("heads and head_dims: exclude each other. Let whole heads go, or dimensions of every head")
+        if not self.kinds:
+            raise ValueError("heads, ffn and width: none of them may go. Leave one of them in")
+        return self
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        """The kinds of channels that may go."""
+        told: dict[Kind, bool | None] = {kind: getattr(self, kind) for kind in KINDS}
+        wanted = frozenset(kind for kind, value in told.items() if value)
+        return wanted or frozenset(kind for kind, value in told.items() if value is None and kind != "head_dims")
+
     @classmethod
     def of(cls, **values: Any) -> "Request":
         """Returns the request with these values.
@@ -88,7 +113,9 @@ class Request(BaseModel):
             return cls(**values)
         except ValidationError as error:
             first = error.errors()[0]
-            name = str(first["loc"][0]) if first["loc"] else "request"
+            if not first["loc"]:  # about several values
+                raise ConfigError(f"{first['ctx']['error']}.") from error
+            name = str(first["loc"][0])
             shown = values.get(name)
             if first["type"] == "value_error":
                 raise ConfigError(f"{name} {shown!r}: {first['ctx']['error']}.") from error

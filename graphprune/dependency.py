@@ -60,9 +60,9 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> DependencyGraph:
     return find_dependencies(analyse(capture(model, example_inputs)))
 
 
-def find_dependencies(analysis: Analysis) -> DependencyGraph:
-    """Returns the dependencies that the labels of an analysed graph show."""
-    return DependencyGraph(analysis, find_groups(analysis))
+def find_dependencies(analysis: Analysis, *, whole_heads: bool = True) -> DependencyGraph:
+    """Returns the dependencies that the labels of an analysed graph show; heads go whole, or dimensions of them."""
+    return DependencyGraph(analysis, find_groups(analysis, whole_heads=whole_heads))
 
 
 def _axis_graph(dependencies: DependencyGraph) -> nx.MultiGraph:

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from graphprune.units import counting_slabs, find_units
+from graphprune.kinds import Kind, residual_stream
+from graphprune.units import Units, counting_slabs, find_units
 from speedup.analysis import Analysis
 from speedup.classes import Classes, Weave
 from speedup.flow import Block, Part
@@ -49,6 +50,7 @@ class ChannelGroup:
     Attributes:
         index: Position in :attr:`DependencyGraph.groups`.
         name: The first parameter that produces its channels.
+        kind: What its channels are in the network.
         classes: The label classes of the group, shape (classes,).
         unit_of: The unit of each of them, shape (classes,): a unit goes whole (one channel, or one head).
         axes: The units along each axis, equal axes once: shape (channels of the axis,).
@@ -64,6 +66,7 @@ class ChannelGroup:
 
     index: int
     name: str
+    kind: Kind
     classes: Index
     unit_of: Index
     axes: tuple[Index, ...]
@@ -92,8 +95,13 @@ class ChannelGroup:
         return max(1, min(produced) // max(self.units, 1))
 
 
-def find_groups(analysis: Analysis) -> tuple[ChannelGroup, ...]:
-    """Returns the channel groups of an analysed graph, in the order in which it uses them."""
+def find_groups(analysis: Analysis, *, whole_heads: bool = True) -> tuple[ChannelGroup, ...]:
+    """Returns the channel groups of an analysed graph, in the order in which it uses them.
+
+    Args:
+        analysis: The graph and its labels.
+        whole_heads: Whether heads of attention go whole; else each of them keeps the same number of dimensions.
+    """
     if not analysis.parameters:
         return ()
     classes = analysis.classes
@@ -101,16 +109,17 @@ def find_groups(analysis: Analysis) -> tuple[ChannelGroup, ...]:
     signature = _signatures(classes, axes)
     pinned = classes.pin_of >= 0
     blocks = [block for block in classes.blocks if len(block.members) > 1 and not pinned[block.members].all()]
-    unit_of, counted = find_units(signature, pinned, blocks)
-    counting = counting_slabs(classes.count, counted)
+    units = find_units(signature, pinned, blocks, whole_heads=whole_heads)
+    counting = counting_slabs(classes.count, units.counted)
+    width = residual_stream(analysis)
     group_of = np.where(counting & (signature == 0), -1, _group_of(signature, pinned, counting, blocks))
     members, carriers = _members(analysis, axes, group_of)
     inside = _positions(group_of)
     parts = _parts(classes.parts, group_of)
-    tables = _by_group(counted, [block.members for block in counted], group_of)
+    tables = _by_group(units.counted, [block.members for block in units.counted], group_of)
     weaves = _by_group(classes.weaves, [weave.turns for weave in classes.weaves], group_of)
     locked = np.zeros(classes.count, dtype=np.bool_)
-    locked[unit_of[pinned | counting]] = True  # a row that is counted stays, and so does what is tied to its slab
+    locked[units.of[pinned | counting]] = True  # a row that is counted stays, and so does what is tied to its slab
     return tuple(
         _group(
             index,
@@ -119,13 +128,22 @@ def find_groups(analysis: Analysis) -> tuple[ChannelGroup, ...]:
             analysis,
             axes=carriers[label],
             parts=parts.get(label, ()),
-            unit_of=unit_of,
+            unit_of=units.of,
             locked=locked,
             counted=tables.get(label, ()),
             weaves=weaves.get(label, ()),
+            kind=_kind(inside[label], units, width),
         )
         for index, label in enumerate(members)
     )
+
+
+def _kind(classes: Index, units: Units, width: Mask) -> Kind:
+    if units.heads[classes].any():
+        return "heads"
+    if units.head_dims[classes].any():
+        return "head_dims"
+    return "width" if width[classes].any() else "ffn"
 
 
 @dataclass(frozen=True)
@@ -238,6 +256,7 @@ def _group(
     locked: Mask,
     counted: Sequence[Block],
     weaves: Sequence[Weave],
+    kind: Kind,
 ) -> ChannelGroup:
     units, unit = np.unique(unit_of[classes], return_inverse=True)
 
@@ -254,6 +273,7 @@ def _group(
     return ChannelGroup(
         index=index,
         name=producers[0].tensor,
+        kind=kind,
         classes=classes,
         unit_of=unit,
         axes=tuple({units.tobytes(): units for units in along if len(units)}.values()),

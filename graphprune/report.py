@@ -83,6 +83,7 @@ def describe_groups(dependencies: DependencyGraph) -> list[dict[str, Any]]:
     return [
         {
             "name": group.name,
+            "kind": group.kind,
             "units": group.units,
             "unit_width": group.width,
             "prunable": group.size,
@@ -122,6 +123,7 @@ def _chosen(choice: Choice) -> dict[str, Any]:
     group = choice.group
     return {
         "name": group.name,
+        "kind": group.kind,
         "units": group.units,
         "unit_width": group.width,
         "asked": choice.asked,

@@ -43,14 +43,13 @@ def compression(report: Report, folder: Path) -> RenderableType:
 
 def channel_groups(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     """Returns the channel groups of a model as a table."""
-    table = _table("channel group", ">units", ">width", ">members", "tied by", "pinned")
+    table = _table("channel group", "kind", ">units", ">width", ">members", "tied by", "pinned")
     for row in rows:
         ties = ", ".join(f"{kind} {count}" for kind, count in row["ties"].items())
         locked = row["units"] - row["prunable"]
         pin = row["pin"] or (f"{locked} of its units" if locked else "")
-        table.add_row(
-            *map(escape, (row["name"], str(row["units"]), str(row["unit_width"]), str(len(row["members"])), ties, pin))
-        )
+        cells = (row["name"], row["kind"], row["units"], row["unit_width"], len(row["members"]), ties, pin)
+        table.add_row(*(escape(str(cell)) for cell in cells))
     free = sum(row["pin"] is None for row in rows)
     return Group(table, Padding(Text(f"{len(rows)} channel groups, {free} of which can shrink."), (0, 1)))
 

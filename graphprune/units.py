@@ -15,12 +15,35 @@ _GROUPED = ("convolution", "group norm")
 """Kinds of blocks whose rows go whole only where that is the finer choice; rows of other slabs (heads) always may."""
 
 
-def find_units(signature: NDArray[np.uint64], pinned: Mask, blocks: Sequence[Block]) -> tuple[Index, list[Block]]:
-    """Returns the unit of each class, and the blocks whose rows do not go whole but must keep equal numbers.
+_HEADS = ("attention", "contraction")
+"""Kinds of blocks whose rows are heads: what a product sums over is shared out between them."""
+
+
+@dataclass(frozen=True)
+class Units:
+    """What goes whole.
+
+    Attributes:
+        of: The unit of each class, shape (classes,).
+        counted: The blocks whose rows do not go whole but must keep equal numbers.
+        heads: The classes of heads that go whole, shape (classes,).
+        head_dims: The classes of heads that keep equal numbers of dimensions, shape (classes,).
+    """
+
+    of: Index
+    counted: tuple[Block, ...]
+    heads: Mask
+    head_dims: Mask
+
+
+def find_units(
+    signature: NDArray[np.uint64], pinned: Mask, blocks: Sequence[Block], *, whole_heads: bool = True
+) -> Units:
+    """Returns what goes whole, and which rows must keep equal numbers.
 
     Rows go whole together with their slabs, which blocks may share (the heads of queries, keys and values). Where two
     partitions cross (heads, and a scale shared by all heads) the first to come wins: slabs that no parameter carries,
-    then few rows. Rows that are all fixed can only be counted.
+    then few rows. Rows that are all fixed can only be counted, and heads unless they may go whole.
     """
     leaders: dict[int, int] = {}
     sharing: dict[int, list[Block]] = {}
@@ -35,21 +58,26 @@ def find_units(signature: NDArray[np.uint64], pinned: Mask, blocks: Sequence[Blo
         carried = any(block.slabs is not None and signature[block.slabs].any() for block in family)
         return any(block.kind in _GROUPED for block in family), carried, len(family[0].members)
 
-    units = _Units(len(signature))
+    units = _Forest(len(signature))
+    heads, head_dims = (np.zeros(len(signature), dtype=np.bool_) for _ in range(2))
     counted = [block for block in blocks if block.slabs is None]
     for family in sorted(sharing.values(), key=precedence):
         grouped = any(block.kind in _GROUPED for block in family)
         lengths = [len(np.unique(units.of(block.members[0]))) for block in family]
         coarse = grouped and min(lengths) > 1 and any(len(b.members) < n for b, n in zip(family, lengths, strict=True))
         fixed = all(pinned[block.slabs].all() for block in family if block.slabs is not None)
-        if fixed or coarse or _cross(units, family):
+        attention = any(block.kind in _HEADS for block in family)
+        apart = fixed or coarse or (attention and not whole_heads) or _cross(units, family)
+        for block in family if attention else ():
+            (head_dims if apart else heads)[block.members] = True
+        if apart:
             counted += family
         else:
             units.unite(_rows(family, units.of))
-    return units.of(np.arange(len(signature))), counted
+    return Units(units.of(np.arange(len(signature))), tuple(counted), heads, head_dims)
 
 
-class _Units:
+class _Forest:
     """Which classes go together so far: a forest in which the root of each tree is its smallest class."""
 
     def __init__(self, count: int) -> None:
@@ -79,7 +107,7 @@ class _Joined:
         return self.leads[np.searchsorted(self.labels, labels)]
 
 
-def _cross(units: _Units, family: Sequence[Block]) -> bool:
+def _cross(units: _Forest, family: Sequence[Block]) -> bool:
     """Whether neither the units nor the rows of a family are parts of the other, so that united they are fewer."""
     rows, united = _rows(family, lambda classes: classes), _rows(family, units.of)
     before, alone, after = (
