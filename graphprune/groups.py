@@ -270,6 +270,7 @@ def _group(
     along = [found[found >= 0] for found in (local(axis.classes) for axis in axes)]
     along = [one if len(axis.dims) == 1 else np.unique(one) for one, axis in zip(along, axes, strict=True)]
     producers = [member for member in members if member.role == "out"] or list(members)
+    stays = locked[units] | (len(units) == 1)  # something must stay of every group
     return ChannelGroup(
         index=index,
         name=producers[0].tensor,
@@ -277,13 +278,13 @@ def _group(
         classes=classes,
         unit_of=unit,
         axes=tuple({units.tobytes(): units for units in along if len(units)}.values()),
-        locked=locked[units],
+        locked=stays,
         counts=tuple(table for kind, table in tables if table is not None and kind != "split"),
         equals=tuple(table for kind, table in tables if table is not None and kind == "split"),
         weaves=tuple(one for one in turns if (one >= 0).all()),
         parts=tuple(_in_units(local(part.members), part.least) for part in parts),
         members=tuple(members),
-        pin=_pin_reason(analysis.classes, classes) if locked[units].all() else None,
+        pin=_pin_reason(analysis.classes, classes, units) if stays.all() else None,
     )
 
 
@@ -309,8 +310,10 @@ def _count_table(block: Block, inside: Index, units: int) -> Index | None:
     return table
 
 
-def _pin_reason(classes: Classes, inside: Index) -> str:
+def _pin_reason(classes: Classes, inside: Index, units: Index) -> str:
     position = classes.pin_of[inside].max()
+    if position < 0 and len(units) == 1:
+        return "would have to go all at once"
     if position < 0:
         return "is shared by heads or groups that only go whole"
     pin = classes.pins[position]

@@ -86,9 +86,7 @@ def select(
         keep = _best(group, unit_scores[group.index], asked, wanted, round_to, min_channels)
         live[group.classes[~keep[group.unit_of]]] = False
         kept = int(keep.sum())
-        if group.units == 1:
-            note = "its channels only go all together"
-        elif kept != wanted:
+        if kept != wanted:
             note = f"kept {kept}, not {wanted}: as its blocks, splits and shuffles allow"
         choices.append(Choice(group, asked, kept, note))
     return Selection(dependencies.analysis.classes.with_slabs(live), tuple(choices))

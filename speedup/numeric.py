@@ -57,7 +57,7 @@ def relative_difference(expected: Tensor, found: Tensor, floor: float = 0.0) -> 
     if torch.equal(expected, found):
         return 0.0
     if expected.is_complex():
-        expected, found = torch.view_as_real(expected), torch.view_as_real(found)
+        expected, found = (torch.view_as_real(value.resolve_conj()) for value in (expected, found))
     finite = torch.isfinite(expected)
     if not torch.allclose(expected[~finite], found[~finite], equal_nan=True):
         return float("inf")

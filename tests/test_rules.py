@@ -22,6 +22,7 @@ from graphprune.dependency import DependencyGraph
 from graphprune.errors import ModelError
 from graphprune.groups import ChannelGroup, Member
 from graphprune.select import select
+from speedup.capture import capture, source_line
 from speedup.cut import shrink_graph
 from speedup.plan import ShrinkPlan
 from speedup.planning import make_plan
@@ -227,3 +228,19 @@ def test_what_pytorch_tags_as_pointwise_needs_no_entry() -> None:
 def test_the_table_cannot_be_changed() -> None:
     with pytest.raises(TypeError):
         RULES[torch.ops.aten.tanh.default] = pointwise.TAGGED  # type: ignore[index]  # that is the point
+
+
+def test_a_composite_operator_is_what_it_is_made_of() -> None:
+    captured = capture(Net(lambda n, x: x.tile((1, 2)).narrow(1, 1, 3)), torch.randn(2, 5))
+    called = [node.target for node in captured.nodes if node.op == "call_function"]
+    assert called == [torch.ops.aten.repeat.default, torch.ops.aten.slice.Tensor]
+    assert all(source_line(node) for node in captured.nodes if node.op == "call_function")
+
+
+def test_a_composite_operator_that_would_fix_the_batch_stays_whole() -> None:
+    captured = capture(
+        Net(lambda n, x: n.cell(x, n.w.expand(x.shape[0], -1)), cell=nn.GRUCell(5, 4), w=weight(1, 4)),
+        torch.randn(2, 5),
+    )
+    assert torch.ops.aten.gru_cell.default in [node.target for node in captured.nodes]
+    assert captured.fixed_batch is None

@@ -288,7 +288,8 @@ CUTS = (
         "index_select",
         lambda: Net(lambda n, x: n.o(n.a(x).index_select(1, n.i)), a=conv(3, 8), i=torch.tensor([7, 0, 0, 3]), o=conv(4, 2)),
         image(),
-        ("5: a.weight/0*5 a.bias/0*5", "2: a.weight/0*2 a.bias/0*2 o.weight/1*2", "1: a.weight/0*1 a.bias/0*1 o.weight/1*2"),
+        ("5: a.weight/0*5 a.bias/0*5", "2: a.weight/0*2 a.bias/0*2 o.weight/1*2"),
+        {"o.weight/1*2": "would have to go all at once"},
     ),
     Case(
         "constant_index",

@@ -8,7 +8,7 @@ from test_rules import trace
 
 from speedup.rules import RULES
 
-TOPICS = ("movement", "pointwise", "contraction", "norm", "recurrent", "space", "meeting")
+TOPICS = ("movement", "pointwise", "contraction", "norm", "recurrent", "space", "meeting", "heads", "places", "blocks")
 
 UNTRIED: Mapping[str, str] = {
     "aten.view.default": "capture turns it into a reshape",

@@ -8,7 +8,7 @@ import torch
 
 from speedup.flow import Flow
 from speedup.labels import Labels, broadcast
-from speedup.rules.call import Call, Rule, present
+from speedup.rules.call import Call, Rule
 
 aten = torch.ops.aten
 _REASON = "is written at places that a tensor holds"
@@ -91,12 +91,14 @@ def _met(flow: Flow, call: Call, operands: list[Labels], shape: tuple[int, ...],
 
 
 _SCATTERS = (
-    "scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_", "index_add",
-    "index_add_", "index_copy", "index_copy_", "index_fill", "index_fill_",
+    aten.scatter.src, aten.scatter.value, aten.scatter_.src, aten.scatter_.value, aten.scatter_add.default,
+    aten.scatter_add_.default, aten.scatter_reduce.two, aten.scatter_reduce_.two, aten.index_add.default,
+    aten.index_add_.default, aten.index_copy.default, aten.index_copy_.default, aten.index_fill.int_Scalar,
+    aten.index_fill_.int_Scalar,
 )  # fmt: skip
 
 RULES: dict[object, Rule] = {
     aten.gather.default: Rule("index", gather),
-    **dict.fromkeys(present(_SCATTERS), Rule("index", scatter)),
+    **dict.fromkeys(_SCATTERS, Rule("index", scatter)),
     **dict.fromkeys((aten.index_put.default, aten.index_put_.default), Rule("index", index_put)),
 }

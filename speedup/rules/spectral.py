@@ -33,6 +33,6 @@ RULES: dict[object, Rule] = {
     aten.view_as_real.default: Rule("reshape", as_real, moves=True),
     aten.view_as_complex.default: Rule("reshape", as_complex, moves=True),
     **dict.fromkeys((aten.polar.default, aten.complex.default), Rule("elementwise", pointwise)),
-    **dict.fromkeys(present(("_conj", "conj", "resolve_conj")), Rule("elementwise", unchanged)),
+    **dict.fromkeys((aten._conj.default, aten.resolve_conj.default), Rule("elementwise", unchanged)),
     **dict.fromkeys(present(_TRANSFORMS), Rule("mixing", whole)),
 }
