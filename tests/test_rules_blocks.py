@@ -40,12 +40,12 @@ WEIGHTS = (
     Case("weight_of_signs", filtered(lambda n: n.w.sign() * n.w.abs().mean((1, 2, 3), keepdim=True), w=lambda: weight(6, 8, 3, 3)), image(), W, mixes=True),
     Case("outer_product_of_vectors", lambda: Net(lambda n, x: n.o(F.linear(x, torch.outer(n.u, n.v))), u=weight(8), v=weight(12), o=nn.Linear(8, 2)), tokens(), ("8: u/0 o.weight/1",), {"v/0": "size is fixed"}),
     Case("a_low_rank_step_beside_a_layer", lambda: Net(lambda n, x: n.o(n.a(x) + F.linear(F.linear(x, n.d), n.u)), a=nn.Linear(12, 8), u=weight(8, 3), d=weight(3, 12), o=nn.Linear(8, 2)), tokens(), ("8: a.weight/0 a.bias/0 u/0 o.weight/1", "3: u/1 d/0")),
-    Case("spectral_norm", lambda: nn.Sequential(conv(3, 8), spectral_norm(conv(8, 6)), conv(6, 2)), image(), ("8: 0.weight/0 0.bias/0 1.parametrizations.weight.original/1 1.parametrizations.weight.0._v/0", "6: 1.parametrizations.weight.original/0 1.parametrizations.weight.0._u/0 1.bias/0 2.weight/1"), mixes=True),  # v has one label for all inputs and places
+    Case("spectral_norm_of_a_convolution", lambda: nn.Sequential(conv(3, 8), spectral_norm(conv(8, 6)), conv(6, 2)), image(), ("8: 0.weight/0 0.bias/0 1.parametrizations.weight.original/1 1.parametrizations.weight.0._v/0", "6: 1.parametrizations.weight.original/0 1.parametrizations.weight.0._u/0 1.bias/0 2.weight/1"), mixes=True),  # v has one label for all inputs and places
     Case("modulated_convolution", lambda: Net(modulated, a=conv(3, 8), s=nn.Linear(3, 8), w=weight(6, 8, 1, 1), o=conv(6, 2)), image(), ("8: a.weight/0 a.bias/0 s.weight/0 s.bias/0 w/1", "6: w/0 o.weight/1")),
     Case("symmetric_weight", lambda: Net(lambda n, x: n.o(n.a(x) @ (n.w + n.w.T)), a=nn.Linear(12, 8), w=weight(8, 8), o=nn.Linear(8, 2)), tokens(), ("8: a.weight/0 a.bias/0 w/0 w/1 o.weight/1",)),
     Case("weight_beside_the_identity_pins", lambda: Net(lambda n, x: n.o(n.a(x) @ (n.w + torch.eye(8))), a=nn.Linear(12, 8), w=weight(8, 8), o=nn.Linear(8, 2)), tokens(), (), {"w/0": "size is fixed"}),
     Case("blocks_of_a_product_of_quaternions", filtered(lambda n: torch.cat([torch.cat([n.w, -n.v], 1), torch.cat([n.v, n.w], 1)], 0), w=lambda: weight(3, 4, 1, 1), v=lambda: weight(3, 4, 1, 1)), image(), ("4: a.weight/0 a.bias/0 w/1 v/1", "3: w/0 v/0 o.weight/1")),
-    Case("bilinear_form", lambda: Net(lambda n, x: n.o(n.m(n.a(x), n.b(x))), a=nn.Linear(5, 4), b=nn.Linear(5, 6), m=nn.Bilinear(4, 6, 8), o=nn.Linear(8, 2)), torch.randn(2, 5), ("4: a.weight/0 a.bias/0 m.weight/1", "6: b.weight/0 b.bias/0 m.weight/2", "8: m.weight/0 m.bias/0 o.weight/1")),
+    Case("bilinear_form_of_vectors", lambda: Net(lambda n, x: n.o(n.m(n.a(x), n.b(x))), a=nn.Linear(5, 4), b=nn.Linear(5, 6), m=nn.Bilinear(4, 6, 8), o=nn.Linear(8, 2)), torch.randn(2, 5), ("4: a.weight/0 a.bias/0 m.weight/1", "6: b.weight/0 b.bias/0 m.weight/2", "8: m.weight/0 m.bias/0 o.weight/1")),
     Case("product_by_its_other_names", lambda: Net(lambda n, x: n.o(torch.inner(torch.tensordot(n.a(x), n.w, dims=1), n.v)), a=nn.Linear(12, 8), w=weight(8, 6), v=weight(4, 6), o=nn.Linear(4, 2)), tokens(), ("8: a.weight/0 a.bias/0 w/0", "6: w/1 v/1", "4: v/0 o.weight/1")),
     Case("outer_product_of_activations", lambda: Net(lambda n, x: n.o((n.a(x)[:, :, None] * n.b(x)[:, None]).flatten(1)), a=nn.Linear(5, 4), b=nn.Linear(5, 3), o=nn.Linear(12, 2)), torch.randn(2, 5), ("4: a.weight/0 a.bias/0 o.weight/1",), {"b.weight/0": "shares a dimension with other channels"}),
 )  # fmt: skip
@@ -66,7 +66,7 @@ LAYERS = (
     Case("convolution_tied_to_its_transpose", lambda: Net(lambda n, x: n.o(F.conv_transpose2d(F.conv2d(n.a(x), n.w).relu(), n.w)), a=conv(3, 8), w=weight(6, 8, 3, 3), o=conv(8, 2)), image(), ("8: a.weight/0 a.bias/0 w/1 o.weight/1", "6: w/0")),
     Case("grouped_convolution_of_a_copy", lambda: Net(lambda n, x: n.o(n.g(torch.cat([n.a(x), n.a(x)], 1))), a=conv(3, 4), g=conv(8, 8, groups=2), o=conv(8, 2)), image(), ("4: a.weight/0 a.bias/0 g.weight/01", "8: g.weight/0 g.bias/0 o.weight/1")),
     Case("bias_that_is_a_gate_too", lambda: Net(lambda n, x: n.o(n.a(x) * n.a.bias.sigmoid()[:, None, None]), a=conv(3, 8), o=conv(8, 2)), image(), (A8,)),
-    Case("lstm", lambda: Net(lambda n, x: n.o(n.r(n.a(x))[0]), a=nn.Linear(12, 8), r=nn.LSTM(8, 6, batch_first=True), o=nn.Linear(6, 2)), tokens(), ("8: a.weight/0 a.bias/0 r.weight_ih_l0/1", "6: r.weight_ih_l0/0 r.weight_hh_l0/0 r.weight_hh_l0/1 r.bias_ih_l0/0 r.bias_hh_l0/0 o.weight/1")),
+    Case("lstm_between_layers", lambda: Net(lambda n, x: n.o(n.r(n.a(x))[0]), a=nn.Linear(12, 8), r=nn.LSTM(8, 6, batch_first=True), o=nn.Linear(6, 2)), tokens(), ("8: a.weight/0 a.bias/0 r.weight_ih_l0/1", "6: r.weight_ih_l0/0 r.weight_hh_l0/0 r.weight_hh_l0/1 r.bias_ih_l0/0 r.bias_hh_l0/0 o.weight/1")),
 )  # fmt: skip
 
 

@@ -97,8 +97,8 @@ PLACES = (
     Case("gather_over_tokens", over_tokens(lambda n, y: torch.gather(y, 1, y.argsort(1))), tokens(), (A8,)),
     Case("gather_by_a_score", over_tokens(lambda n, y: y.gather(1, n.s(y).topk(3, 1).indices.expand(-1, -1, 8)), s=lambda: nn.Linear(8, 1)), tokens(), ("8: a.weight/0 a.bias/0 o.weight/1 s.weight/1",)),
     Case("gather_by_another_tensor", over_tokens(lambda n, y: y.gather(1, n.b(y).argsort(1)), b=lambda: nn.Linear(8, 8)), tokens(), ("8: a.weight/0 a.bias/0 b.weight/0 b.weight/1 b.bias/0 o.weight/1",)),
-    Case("gather_over_channels_pins", lambda: Net(lambda n, x: n.p(n.o(n.a(x).gather(2, x[..., :4].abs().long()))), a=nn.Linear(12, 8), o=nn.Linear(4, 6), p=nn.Linear(6, 2)), tokens(), ("6: o.weight/0 o.bias/0 p.weight/1",), {"a.weight/0": "is gathered by an index"}),
-    Case("gather_of_fewer_pins", lambda: Net(lambda n, x: n.p(n.o(n.a(x).gather(1, n.a(x).argsort(1)[..., :4]))), a=nn.Linear(12, 8), o=nn.Linear(4, 6), p=nn.Linear(6, 2)), tokens(), ("6: o.weight/0 o.bias/0 p.weight/1",), {"a.weight/0": "beside a tensor of other sizes"}),
+    Case("gather_over_features_pins", lambda: Net(lambda n, x: n.p(n.o(n.a(x).gather(2, x[..., :4].abs().long()))), a=nn.Linear(12, 8), o=nn.Linear(4, 6), p=nn.Linear(6, 2)), tokens(), ("6: o.weight/0 o.bias/0 p.weight/1",), {"a.weight/0": "is gathered by an index"}),
+    Case("gather_of_fewer_pins", lambda: Net(lambda n, x: n.p(n.o(n.a(x).gather(1, n.a(x).argsort(1)[..., :4]))), a=nn.Linear(12, 8), o=nn.Linear(4, 6), p=nn.Linear(6, 2)), tokens(), ("6: o.weight/0 o.bias/0 p.weight/1",), {"a.weight/0*4": "is gathered by an index"}),
     Case("every_scatter", over_tokens(every_scatter), tokens(), (A8,), mixes=True),  # a fill is not masked
     Case("written_at_tokens", over_tokens(written(lambda n: (slice(None), [0, 2]), lambda n, y: n.b(y)[:, :2]), b=lambda: nn.Linear(8, 8)), tokens(), ("8: a.weight/0 a.bias/0 b.weight/0 b.weight/1 b.bias/0 o.weight/1",)),
     Case("a_vector_written_at_tokens", over_tokens(written(lambda n: (slice(None), [0, 2]), lambda n, y: n.v), v=lambda: weight(8)), tokens(), (AV8,)),
