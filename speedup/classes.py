@@ -243,13 +243,13 @@ def _pin_rows(flow: Flow, of: Index, pin_of: Index) -> None:
     for block in flow.blocks:
         if block.slabs is not None:
             alike.setdefault((block.members.shape, of[block.members].tobytes()), []).append(of[block.slabs])
+    whole = [of[block.members] for block in flow.blocks if block.every]
     while True:
         before = pin_of.copy()
-        for block in flow.blocks:
-            members = of[block.members]
-            if block.every and len(whole := np.flatnonzero((pin_of[members] >= 0).all(axis=1))):
-                free = members[pin_of[members] < 0]
-                pin_of[free] = pin_of[members[whole[0], 0]]
+        for members in whole:
+            fixed = np.flatnonzero((pin_of[members] >= 0).all(axis=1))
+            if len(fixed):
+                pin_of[members[pin_of[members] < 0]] = pin_of[members[fixed[0], 0]]
         for block in reversed(flow.blocks):  # what counts rows may be counted further up
             if block.slabs is not None:
                 fixed = pin_of[of[block.members]].max(axis=1)

@@ -37,7 +37,7 @@ class Block:
 
     Attributes:
         node: Name of the graph node that needs it.
-        kind: The field's word for it: reshape, attention, grouped, split, group norm.
+        kind: The field's word for it: reshape, attention, grouped, split, group norm, recurrent.
         members: Labels, shape (rows, row length).
         slabs: Labels, shape (rows,): a row's slab lives as long as any member of the row does; None where rows
             have no label of their own.

@@ -136,6 +136,14 @@ def _masked_moments(node: fx.Node, values: Mapping[str, Any], mask: Tensor) -> A
     return results if len(results) > 1 else results[0]
 
 
+def _masked_distance(node: fx.Node, values: Mapping[str, Any], mask: Tensor) -> Tensor:
+    """The eps that is added to every difference counts for what is left only."""
+    first, second = (values[source.name] for source in node.args[:2] if isinstance(source, fx.Node))
+    gap = (first - second + raw_argument(node, "eps")) * mask
+    result: Tensor = torch.linalg.vector_norm(gap, raw_argument(node, "p"), -1, bool(raw_argument(node, "keepdim")))
+    return result
+
+
 def _has(node: fx.Node, name: str) -> bool:
     return any(argument.name == name for argument in node.target._schema.arguments)  # type: ignore[union-attr]  # an OpOverload
 
@@ -145,6 +153,7 @@ MASKED: Mapping[Any, Callable[[fx.Node, Mapping[str, Any], Tensor], Any]] = {
     aten.rms_norm.default: _masked_layer_norm,
     aten.group_norm.default: _masked_group_norm,
     aten.batch_norm.default: _masked_batch_norm,
+    aten.pairwise_distance.default: _masked_distance,
     **dict.fromkeys(
         (
             aten.mean.default, aten.mean.dim, aten.var.correction, aten.std.correction, aten.var_mean.correction,

@@ -167,6 +167,20 @@ PRODUCTS = (
         mixes=True,  # in single precision they are not zero
     ),
     Case(
+        "pairwise_distance",
+        lambda: Net(lambda n, x: n.o(n.a(x) * nn.PairwiseDistance(eps=0.1, keepdim=True)(n.a(x), n.b(x))), a=linear(12, 8), b=linear(12, 8), o=linear(8, 2)),
+        tokens(),
+        ("8: a.weight/0 a.bias/0 b.weight/0 b.bias/0 o.weight/1",),
+        mixes=True,  # each channel adds its eps
+    ),
+    Case(
+        "pairwise_distance_of_negative_order_pins",
+        lambda: Net(lambda n, x: n.p(n.o(n.a(x) * F.pairwise_distance(n.a(x), n.w, -1.0, keepdim=True))), a=linear(12, 8), w=weight(8), o=linear(8, 6), p=linear(6, 2)),
+        tokens(),
+        ("6: o.weight/0 o.bias/0 p.weight/1",),
+        {"a.weight/0": "negative order", "w/0": "negative order"},
+    ),
+    Case(
         "similarity",
         lambda: Net(lambda n, x: n.o(n.a(x) * F.cosine_similarity(n.a(x), n.w, -1)[..., None]), a=linear(12, 8), w=weight(8), o=linear(8, 2)),
         tokens(),

@@ -229,6 +229,16 @@ def _repeated(labels: Labels, heads: int) -> Labels:
     return Labels(shape, tuple(settle(plane.expand(shape)) for plane in planes))
 
 
+def distance(flow: Flow, call: Call) -> Labels:
+    """y = the norm of a - b + eps over the last dimension."""
+    if call["p"] < 0:
+        for tensor in call.tensors():
+            flow.pin_all(tensor, "goes through a norm of negative order over its channels")
+        return Labels(call.shape)
+    met = flow.meet(call.tensors(), np.broadcast_shapes(*(tensor.shape for tensor in call.tensors())))
+    return flow.reduce(met, [len(met.shape) - 1], bool(call["keepdim"]))
+
+
 _MATMULS = (
     aten.matmul.default,
     aten.mm.default,
@@ -247,6 +257,7 @@ RULES = {
     aten.bilinear.default: Rule("contraction", bilinear),
     aten.cdist.default: Rule("contraction", distances),
     aten.cosine_similarity.default: Rule("contraction", similarity),
+    aten.pairwise_distance.default: Rule("contraction", distance),
     **dict.fromkeys(
         (
             aten.conv1d.default,
