@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
-from speedup.capture import Captured, attribute
+from speedup.capture import Captured, attribute, output_names
 from speedup.classes import Classes, solve
 from speedup.flow import Flow, Pin
 from speedup.labels import Index, Labels, Mask, Plane, core, flat, support
@@ -138,8 +139,7 @@ def _labelled(
             value = node.meta.get("val")
             labels[node.name] = Labels(sizes(value)) if isinstance(value, Tensor) else hint(value)
         elif node.op == "output":
-            for tensor in _tensors(fx.node.map_arg(node.args, lambda n: labels[n.name])):
-                flow.pin_all(tensor, end)
+            _pin_outputs(flow, node, labels, output_names(graph_module), end)
         elif node.target is operator.getitem and isinstance(labels[str(node.args[0])], list | tuple):
             labels[node.name] = labels[node.args[0].name][node.args[1]]
         elif not isinstance(node.meta.get("val"), Tensor | list | tuple):
@@ -151,6 +151,15 @@ def _labelled(
                 unknown.append(node)
             labels[node.name] = _run(flow, call, rule)
     return labels, unknown
+
+
+def _pin_outputs(flow: Flow, node: fx.Node, labels: Mapping[str, Any], names: Sequence[str], end: str) -> None:
+    """Fixes what a graph returns; the reason ``end`` tells its name where there are several."""
+    leaves = pytree.tree_leaves(node.args)
+    told = names if len(names) == len(leaves) > 1 else [""] * len(leaves)
+    for leaf, name in zip(leaves, told, strict=True):
+        for tensor in _tensors(labels[leaf.name]) if isinstance(leaf, fx.Node) else ():
+            flow.pin_all(tensor, f"{end}{f', {name}' if name else ''}")
 
 
 def _run(flow: Flow, call: Call, rule: Rule | None) -> Labels | list[Labels]:

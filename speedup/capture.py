@@ -6,7 +6,7 @@ qualified name of every parameter and the line of Python that made each node.
 
 import copy
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -214,6 +214,24 @@ def _training_graph(captured: Captured) -> fx.GraphModule | None:
 def attribute(module: nn.Module, name: str) -> Any:
     """Whatever is registered in ``module`` under the qualified ``name``."""
     return operator.attrgetter(name)(module)
+
+
+def output_names(graph_module: fx.GraphModule) -> list[str]:
+    """The names of what a graph returns, one for each leaf, as far as its containers have names; empty for others."""
+    info = getattr(graph_module.graph._codegen, "pytree_info", None)
+    return [] if info is None or info.out_spec is None else list(_leaf_names(info.out_spec, ""))
+
+
+def _leaf_names(spec: pytree.TreeSpec, prefix: str) -> Iterator[str]:
+    """The names of the leaves under a container: its own name, and their keys or places in it."""
+    if spec.is_leaf():
+        yield prefix
+        return
+    children = spec.children()
+    named = isinstance(spec.context, list | tuple) and all(isinstance(key, str) for key in spec.context)
+    keys = spec.context if named and len(spec.context) == len(children) else [""] * len(children)
+    for key, child in zip(keys, children, strict=True):
+        yield from _leaf_names(child, f"{prefix}.{key}".strip("."))
 
 
 def source_line(node: fx.Node) -> str:

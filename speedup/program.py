@@ -44,6 +44,12 @@ def to_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         with quiet():
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes if dynamic else None, strict=False)
     except Exception as error:  # torch.export has no common error class
+        unknown = re.search(r"Found <class '(\S+)'> in output", str(error))
+        if unknown:
+            raise CaptureError(
+                f"{name}: returns a {unknown[1].rpartition('.')[2]}, which torch.export does not know. Have it return "
+                "tensors only (in transformers: config.use_cache = False while it is compressed)."
+            ) from error
         raise CaptureError(
             f"{name}: torch.export cannot capture it whole ({_fact(error)}). "
             "Remove control flow that depends on data, or prune a submodule."

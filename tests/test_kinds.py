@@ -168,5 +168,7 @@ def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -
 
 def test_nothing_of_the_kind_is_there() -> None:
     model = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 2))
-    with pytest.raises(ModelError, match=r"^model: nothing can be pruned \(hidden channels between two layers should stay\)"):
+    with pytest.raises(
+        ModelError, match=r"^model: nothing can be pruned \(hidden channels between two layers should stay\)"
+    ):
         compress(model.eval(), torch.randn(2, 3, 6, 6), 0.5, heads=True, round_to=1)
