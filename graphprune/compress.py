@@ -1,7 +1,7 @@
 """The pipeline: capture, analyse, score, select, plan, shrink, verify. Read this first."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -176,8 +176,8 @@ def _numbers(tensor: Tensor, finite: bool) -> bool:
 def _spared(analysis: Analysis, request: Request) -> Callable[[ChannelGroup], str | None]:
     """Returns the function that says why a group is left alone: by the kind of its channels, or by module."""
     model = analysis.captured.model
-    names = [name for name, _ in model.named_modules() if name]
-    excluded, wanted = (_matching(names, patterns) for patterns in (request.exclude, request.only))
+    modules_by_name = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    excluded, wanted = (_matching(modules_by_name, patterns) for patterns in (request.exclude, request.only))
     owners: dict[int, set[str]] = {}  # a tied weight has several
     tensors = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in tensors.items():
@@ -203,18 +203,20 @@ def _spared(analysis: Analysis, request: Request) -> Callable[[ChannelGroup], st
     return spared
 
 
-def _matching(names: list[str], patterns: tuple[str, ...]) -> set[str]:
-    """The modules that a name or glob means, with everything inside them."""
+def _matching(modules: Mapping[str, nn.Module], patterns: tuple[str, ...]) -> set[str]:
+    """The modules that a name or glob means, with everything inside them, by all their names."""
     found: set[str] = set()
     for pattern in patterns:
-        hits = [name for name in names if fnmatchcase(name, pattern)]
+        hits = [name for name in modules if fnmatchcase(name, pattern)]
         if not hits:
+            names = list(modules)
             raise ConfigError(
                 f"{pattern!r}: no module has that name{closest(pattern, names)}. Use a name or glob of modules."
             )
         inside = set(hits)
-        found.update(name for name in names if not inside.isdisjoint(_ancestry(name)))
-    return found
+        found.update(name for name in modules if not inside.isdisjoint(_ancestry(name)))
+    meant = {id(modules[name]) for name in found}
+    return {name for name, module in modules.items() if id(module) in meant}
 
 
 def _ancestry(name: str) -> Iterator[str]:

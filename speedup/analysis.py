@@ -1,7 +1,7 @@
 """Runs the rules over a captured graph: which channels are one, which are fixed, and what must stay rectangular."""
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
