@@ -151,7 +151,7 @@ def streamed(dense: Path, small: Path, prove: bool) -> dict[str, Any]:
 
 
 def run(dense: Path, small: Path) -> dict[str, Any]:
-    """Loads ``small`` into the class and compares it with what becomes of the whole model in memory."""
+    """Loads ``small`` into the class and compares it with the graph of the whole model, cut in memory."""
     import torch
 
     import graphprune
@@ -160,20 +160,20 @@ def run(dense: Path, small: Path) -> dict[str, Any]:
     from graphprune.compress import Stages, planned
     from graphprune.config import Request
     from speedup.capture import capture
-    from speedup.shrink import shrink
+    from speedup.cut import shrink_graph
 
     model = one_billion().eval()
     loaded = graphprune.load(small, model).eval()
     fill(model, Checkpoint.open(dense), model.state_dict().keys(), {})
     captured = capture(model, tokens())
     _, _, plan, _ = planned(captured, Request(sparsity=0.5, round_to=1), Stages(lambda name: None))
-    direct = shrink(captured, plan).model
+    direct = shrink_graph(captured, plan)
     with torch.no_grad():
         one, other = loaded(tokens()), direct(tokens())
     return {
         "same_plan": plan.to_json() == Blueprint.read(small / "plan.json").plan.to_json(),
         "same_outputs": torch.equal(one, other),
-        "classes": [type(loaded).__name__, type(direct).__name__],
+        "class": type(loaded).__name__,
         "parameters": [sum(parameter.numel() for parameter in one.parameters()) for one in (model, loaded)],
     }
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PART = 1 << 22
-"""Elements that are worked on at once, so that a weight needs memory for itself and for little else."""
+_PART = 1 << 18
+"""Elements that are worked on at once: they fit into a cache, and a weight needs memory for itself and little else."""
 
 
 def perturbed(value: Any, generator: torch.Generator) -> Any:
@@ -26,11 +26,15 @@ def perturbed(value: Any, generator: torch.Generator) -> Any:
     total, count = 0.0, 0
     for part, given in parts:
         finite = part.copy_(given).isfinite()
-        total, count = total + float(part[finite].abs().sum()), count + int(finite.sum())
+        numbers = part if bool(finite.all()) else part[finite]
+        total, count = total + float(numbers.abs().sum()), count + len(numbers)
     size = max(total / count, 0.1) if count else 0.1
     for part, _ in parts:
         noise = torch.rand(part.shape, generator=generator, dtype=torch.float64)
-        part.copy_(torch.where(part == 0, 0.1 * size * noise, part * (0.9 + 0.2 * noise)))
+        zeros = part == 0
+        fillers = noise[zeros] * (0.1 * size)
+        part.mul_(noise.mul_(0.2).add_(0.9))
+        part[zeros] = fillers
     return exact
 
 
