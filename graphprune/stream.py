@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from graphprune.blueprint import Blueprint, described
 from graphprune.checkpoint import INDEX, PICKLED, Checkpoint, check_fits, is_counter, write_checkpoint
 from graphprune.compress import Progress, Stages, costs_of, planned
 from graphprune.config import Request
-from graphprune.errors import ModelError
+from graphprune.errors import ConfigError, ModelError
 from graphprune.folder import replacing
 from graphprune.report import Report, build_report
 from graphprune.skeleton import Skeleton
@@ -162,7 +163,8 @@ def deliver_checkpoint(
         def cut(name: str) -> Tensor:
             return plan.cut(blueprint.tied.get(name, name), source.tensor(name))
 
-        stage("write", write_checkpoint, draft, source, shapes, cut)
+        with _writing(out):
+            stage("write", write_checkpoint, draft, source, shapes, cut)
         written = replace(weights, checkpoint=Checkpoint.open(draft))
         proof = None
         if prove_it:
@@ -176,8 +178,9 @@ def deliver_checkpoint(
                 seed=request.seed,
                 written=lambda name: _written(written, plan, name),
             )
-        config = stage("write", _write_rest, source, draft, shapes, plan)
-        blueprint.write(draft / files.PLAN)
+        with _writing(out):
+            config = stage("write", _write_rest, source, draft, shapes, plan)
+            blueprint.write(draft / files.PLAN)
         costs = stage("count", costs_of, captured, shrunk)
         report: Report = {
             "source": {
@@ -212,6 +215,15 @@ def deliver_checkpoint(
         report["sha256"] = files.digest(report)
         (draft / files.REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
     return report
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Turns a full disk into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be written ({error.strerror or error}). Use another --out.") from error
 
 
 def _written(weights: _Weights, plan: ShrinkPlan, name: str) -> Tensor:
