@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graphprune.budget import Cost, cost
 from graphprune.config import Request, closest
-from graphprune.criteria import CRITERIA
+from graphprune.criteria import CRITERIA, Scores
 from graphprune.dependency import DependencyGraph, find_dependencies
 from graphprune.errors import ConfigError, ModelError
 from graphprune.groups import ChannelGroup, Member
@@ -122,9 +122,8 @@ def planned(captured: Captured, request: Request, stage: Stages) -> tuple[Depend
         ModelError: Nothing can be pruned, or the weights are not numbers.
     """
     analysis = stage("analyse", analyse, captured)
-    stage("check", _check, analysis, request)
     dependencies = stage("group", find_dependencies, analysis, whole_heads=not request.head_dims)
-    scores = stage("score", CRITERIA[request.criterion], analysis, request.seed)
+    scores = stage("score", _scores, analysis, request)
     block = stage("probe", _preferred_block) if request.round_to == "auto" else request.round_to
     selection = stage(
         "select",
@@ -150,6 +149,12 @@ def _preferred_block() -> int:
     from speedup.probe import preferred_block  # noqa: PLC0415 - onnxruntime takes half a second to import
 
     return preferred_block()
+
+
+def _scores(analysis: Analysis, request: Request) -> Scores:
+    """The scores of all classes, after a check that there are numbers to make them of."""
+    _check(analysis, request)
+    return CRITERIA[request.criterion](analysis, request.seed)
 
 
 def _check(analysis: Analysis, request: Request) -> None:

@@ -174,9 +174,13 @@ def checkpoint_and_model(build: Callable[[], nn.Module], folder: Path, **how: An
 
 CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "plain": ({}, IDS, {}),
-    "one file": ({}, IDS, {"shards": 1}),
-    "tied": ({"tie_word_embeddings": True}, IDS, {"leave_out": ("lm_head.weight",)}),
-    "tied, the other name": ({"tie_word_embeddings": True}, IDS, {"leave_out": ("model.embed_tokens.weight",)}),
+    "one file": ({"num_hidden_layers": 1}, IDS, {"shards": 1}),
+    "tied": ({"num_hidden_layers": 1, "tie_word_embeddings": True}, IDS, {"leave_out": ("lm_head.weight",)}),
+    "tied, the other name": (
+        {"num_hidden_layers": 1, "tie_word_embeddings": True},
+        IDS,
+        {"leave_out": ("model.embed_tokens.weight",)},
+    ),
     "buffers": (Buffers, torch.randn(2, 8), {"leave_out": ("again.weight",)}),
     "graph": (Stubborn, torch.randn(2, 8), {}),
 }
