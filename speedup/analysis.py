@@ -162,9 +162,21 @@ def _pin_outputs(flow: Flow, node: fx.Node, labels: Mapping[str, Any], names: Se
             flow.pin_all(tensor, f"{end}{f', {name}' if name else ''}")
 
 
+def _depends_on_inputs(node: fx.Node) -> bool:
+    """Whether what ``node`` gives depends on what an input holds; what does not (a table) may be cut to their size."""
+    if "depends_on_inputs" not in node.meta:
+        tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor | list | tuple)]
+        node.meta["depends_on_inputs"] = node.op == "placeholder" or any(
+            n.op == "placeholder" or n.meta.get("depends_on_inputs", n.op != "get_attr" and _depends_on_inputs(n))
+            for n in tensors
+        )
+    found: bool = node.meta["depends_on_inputs"]
+    return found
+
+
 def _run(flow: Flow, call: Call, rule: Rule | None) -> Labels | list[Labels]:
     several = isinstance(call.node.meta["val"], list | tuple)
-    if rule is None or not rule.moves:
+    if (rule is None or not rule.moves) and _depends_on_inputs(call.node):
         flow.read += [flat(core(plane)) for tensor in call.tensors() for plane in tensor.planes]
     if not several and 0 in call.shape:
         return Labels(call.shape)

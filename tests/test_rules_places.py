@@ -148,6 +148,7 @@ TRANSFORMS = (
 
 UNREACHED = (
     Case("positions_beyond_the_length", over_tokens(lambda n, y: y + n.p[: y.shape[1]], p=lambda: weight(20, 8)), tokens(), ("8: a.weight/0 a.bias/0 p/1 o.weight/1",), {"p/0": "is not used by inputs like the example"}),
+    Case("scaled_positions_beyond_the_length", over_tokens(lambda n, y: y + (2.0 * n.p)[: y.shape[1]], p=lambda: weight(20, 8)), tokens(), ("8: a.weight/0 a.bias/0 p/1 o.weight/1",), {"p/0": "is not used by inputs like the example"}),
     Case("sinusoids_beyond_the_length", over_tokens(lambda n, y: y + n.p[:, : y.shape[1]], p=lambda: torch.randn(1, 20, 8)), tokens(), ("8: a.weight/0 a.bias/0 p/2 o.weight/1",), {"p/1": "is not used by inputs like the example"}),
     Case("positions_picked_by_an_index", over_tokens(lambda n, y: y + n.p.index_select(0, n.i), p=lambda: weight(9, 8), i=lambda: torch.tensor([8, 6, 4, 2, 0])), tokens(), ("8: a.weight/0 a.bias/0 p/1 o.weight/1",), {"p/0": "is not used by inputs like the example"}),
     Case("a_part_of_a_wider_weight", lambda: Net(lambda n, x: n.o(F.linear(n.a(x), n.w[:6, :8])), a=nn.Linear(12, 8), w=weight(10, 12), o=nn.Linear(6, 2)), tokens(), ("8: a.weight/0 a.bias/0 w/1*8", "6: w/0*6 o.weight/1"), {"w/0*4": "is not used by inputs like the example", "w/1*4": "is not used by inputs like the example"}),
