@@ -126,6 +126,7 @@ def _labelled(
     joint = _joint_parameters(nodes, names)
     labels: dict[str, Any] = {}
     unknown = []
+    varying: set[fx.Node] = set()  # tensors that depend on what an input holds
     for node in nodes:
         flow.node, flow.kind = node.name, ""
         if node.op == "get_attr" and not node.users:
@@ -150,6 +151,10 @@ def _labelled(
             if rule is None:
                 unknown.append(node)
             labels[node.name] = _run(flow, call, rule)
+            _note_read(flow, call, rule, labels[node.name], varying=not varying.isdisjoint(node.all_input_nodes))
+        given = node.op == "placeholder" or not varying.isdisjoint(node.all_input_nodes)
+        if given and isinstance(node.meta.get("val"), Tensor | list | tuple):
+            varying.add(node)
     return labels, unknown
 
 
@@ -162,22 +167,28 @@ def _pin_outputs(flow: Flow, node: fx.Node, labels: Mapping[str, Any], names: Se
             flow.pin_all(tensor, f"{end}{f', {name}' if name else ''}")
 
 
-def _depends_on_inputs(node: fx.Node) -> bool:
-    """Whether what ``node`` gives depends on what an input holds; what does not (a table) may be cut to their size."""
-    if "depends_on_inputs" not in node.meta:
-        tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor | list | tuple)]
-        node.meta["depends_on_inputs"] = node.op == "placeholder" or any(
-            n.op == "placeholder" or n.meta.get("depends_on_inputs", n.op != "get_attr" and _depends_on_inputs(n))
-            for n in tensors
-        )
-    found: bool = node.meta["depends_on_inputs"]
-    return found
+def _note_read(flow: Flow, call: Call, rule: Rule | None, outcome: Any, varying: bool) -> None:
+    """Notes which atoms a call computes with.
+
+    Moving is no computing. What depends on no input is a table, and may yet be cut to the size of the inputs: of its
+    atoms only those are read that a product or a sum takes away.
+    """
+    if rule is not None and rule.moves:
+        return
+    read = [flat(core(plane)) for tensor in call.tensors() for plane in tensor.planes]
+    if not varying:
+        stays = [flat(core(plane)) for tensor in _tensors(outcome) for plane in tensor.planes]
+        left = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *stays]))
+        read = [np.setdiff1d(atoms, left) for atoms in read] if rule is None or rule.kind in _SUMMING else []
+    flow.read += read
+
+
+_SUMMING = frozenset({"contraction", "convolution", "attention", "reduction"})
+"""Kinds of operators that take away dimensions of what goes in."""
 
 
 def _run(flow: Flow, call: Call, rule: Rule | None) -> Labels | list[Labels]:
     several = isinstance(call.node.meta["val"], list | tuple)
-    if (rule is None or not rule.moves) and _depends_on_inputs(call.node):
-        flow.read += [flat(core(plane)) for tensor in call.tensors() for plane in tensor.planes]
     if not several and 0 in call.shape:
         return Labels(call.shape)
     if rule is not None:
