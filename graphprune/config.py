@@ -21,8 +21,9 @@ class Request(BaseModel):
         exclude: Modules whose output channels stay, by name or glob.
         only: If given, the only modules whose output channels may go, by name or glob.
         heads: Whether whole heads of attention may go, under grouped queries together with their keys and values. With
-            any of the four named True only those may; with some False the others may; by default all but head_dims.
-        head_dims: Whether dimensions of heads may go, as many of each head, instead of whole heads.
+            any of the four named True only those may; with some False the others may.
+        head_dims: Whether dimensions of heads may go, as many of each head, instead of whole heads. By default they do
+            only where heads cannot go whole.
         ffn: Whether channels between two layers may go: hidden ones of feed-forward networks, bottlenecks.
         width: Whether channels may go that several layers add to: the residual stream.
         round_to: What is kept of an axis is a multiple of this; ``auto`` asks onnxruntime on this CPU.
@@ -97,10 +98,12 @@ class Request(BaseModel):
 
     @property
     def kinds(self) -> frozenset[Kind]:
-        """The kinds of channels that may go."""
+        """The kinds of channels that may go. Where heads cannot go whole, dimensions of them go instead."""
         told: dict[Kind, bool | None] = {kind: getattr(self, kind) for kind in KINDS}
+        if told["heads"] is False and told["head_dims"] is None:
+            told["head_dims"] = False
         wanted = frozenset(kind for kind, value in told.items() if value)
-        return wanted or frozenset(kind for kind, value in told.items() if value is None and kind != "head_dims")
+        return wanted or frozenset(kind for kind, value in told.items() if value is None)
 
     @classmethod
     def of(cls, **values: Any) -> "Request":

@@ -16,7 +16,7 @@ from speedup.classes import Classes, solve
 from speedup.flow import Flow, Pin
 from speedup.labels import Index, Labels, Mask, Plane, core, flat, support
 from speedup.rules import Call, Rule, rule_for
-from speedup.symbolic import hint, sizes, symbolic_dims
+from speedup.symbolic import batch_dims, hint, sizes
 
 aten = torch.ops.aten
 _GROUPED = frozenset(
@@ -234,7 +234,7 @@ def bind(node: fx.Node, labels: Mapping[str, Any], known: Callable[[str], Any]) 
         node,
         {name: list(item) if isinstance(item, tuple) else item for name, item in values.items()},
         tuple(sizes(output) for output in outputs if isinstance(output, Tensor)),
-        tuple(symbolic_dims(output) for output in outputs if isinstance(output, Tensor)),
+        tuple(batch_dims(output) for output in outputs if isinstance(output, Tensor)),
         constants,
     )
 

@@ -23,6 +23,8 @@ def depends_on_data(tensor: Tensor) -> bool:
     return any(hint(size) is None for size in tensor.shape)
 
 
-def symbolic_dims(tensor: Tensor) -> frozenset[int]:
-    """The dimensions of a fake tensor whose size depends on the batch."""
-    return frozenset(dim for dim, size in enumerate(tensor.shape) if isinstance(size, torch.SymInt))
+def batch_dims(tensor: Tensor) -> frozenset[int]:
+    """The dimensions of a fake tensor that are the batch; one that is the batch times heads is none."""
+    return frozenset(
+        dim for dim, size in enumerate(tensor.shape) if isinstance(size, torch.SymInt) and size.node.expr.is_symbol
+    )

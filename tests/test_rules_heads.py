@@ -140,6 +140,14 @@ def prefixed(n: Net, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def merged_with_the_batch(n: Net, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Batch and heads are one dimension, along which an index is repeated."""
+    scores = q.flatten(0, 1) @ k.flatten(0, 1).mT
+    places = (torch.arange(5)[:, None] + torch.arange(5)) % 5
+    scores = scores.gather(-1, places.expand(scores.shape[0], 5, 5))
+    return (scores.softmax(-1) @ v.flatten(0, 1)).unflatten(0, (q.shape[0], -1))
+
+
 def gated_unit(n: Net, x: Tensor) -> Tensor:
     u, v, z = n.a(x).split([12, 12, 8], -1)
     q, k = ((z[..., None, :] * n.g) + n.b).unbind(-2)
@@ -225,6 +233,7 @@ WRITTEN = (
         for kind, reason in (("halves", SHARED), ("pairs", "size is fixed"), ("repeated", "size is fixed"), ("complex", SHARED))
     ),
     Case("rotation_of_a_part", net(rotated("part")), tokens(), (f"3: {HEADS}",)),
+    Case("heads_merged_with_the_batch", net(merged_with_the_batch), tokens(), (f"3: {HEADS}",)),
     Case("slopes_in_a_buffer", net(lambda n, q, k, v: attend(q, k, v, -n.s[:, None, None] * distances()), s=lambda: torch.tensor([0.5, 0.25, 0.125])), tokens(), (f"3: {HEADS} s/0",)),
     Case("slopes_that_are_computed", net(lambda n, q, k, v: attend(q, k, v, -(0.5 ** torch.arange(1, 4))[:, None, None] * distances())), tokens(), ("12: q.weight/0 q.bias/0 k.weight/0 k.bias/0", "4: v.weight/0 v.bias/0 o.weight/1")),
     Case("table_of_positions", net(lambda n, q, k, v: attend(q, k, v, table(n)), t=lambda: weight(9, 3)), tokens(), (f"3: {HEADS} t/1",), {"t/0": "indexed by a table"}),

@@ -38,7 +38,7 @@ class Call:
         node: The graph node.
         values: Every argument of the operator's schema by name, defaults filled in.
         outputs: Shape of each tensor that comes out, with the batch of the example.
-        batch_dims: For each output, the dimensions whose size depends on the batch.
+        batch_dims: For each output, the dimensions that are the batch.
         constants: The value of each tensor argument that is known and no parameter, by name.
     """
 
