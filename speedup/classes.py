@@ -224,10 +224,16 @@ def _components(size: int, pairs: Sequence[tuple[Index, Index]]) -> tuple[Index,
 
 
 def _pin_unread(flow: Flow, of: Index, pin_of: Index) -> None:
-    """Fixes what is stored and never computed with: positions beyond the length of the example, say."""
+    """Fixes what is stored and never computed with: positions beyond the length of the example, say.
+
+    What counts a row of which something is read is read as well.
+    """
     read = np.zeros(len(pin_of), dtype=np.bool_)
     for atoms in flow.read:
         read[of[atoms]] = True
+    for block in reversed(flow.blocks):  # what counts rows may be counted further up
+        if block.slabs is not None:
+            read[of[block.slabs]] |= read[of[block.members]].any(axis=1)
     for position, (_, atoms) in enumerate(flow.stored, start=len(flow.pins)):
         unread = of[atoms][~read[of[atoms]]]
         pin_of[unread] = np.where(pin_of[unread] >= 0, pin_of[unread], position)

@@ -136,10 +136,14 @@ def test_outputs_that_nobody_asked_for_are_pinned_by_name() -> None:
     assert any("encoder_last_hidden_state" in reason for reason in reasons)
 
 
-def test_a_cache_among_the_outputs_is_refused_with_the_remedy() -> None:
+def test_a_cache_among_the_outputs_leaves_parts_and_the_remedy() -> None:
     network = made("LlamaForCausalLM", "LlamaConfig", **{**GROUPED, "use_cache": True})
-    with pytest.raises(CaptureError, match="use_cache = False"):
-        compress(network, {"input_ids": ids()})
+    result = compressed(network, input_ids=ids())
+    parts = result.report["parts"]
+    assert "use_cache = False" in parts["stopped"][""]
+    assert "model.layers.0.mlp" in parts["captured"]
+    small: Any = result.model
+    assert torch.equal(generated(small, ids(), use_cache=True), generated(small, ids(), use_cache=False))
 
 
 def test_a_network_for_images_is_left_without_the_hooks_that_record_outputs() -> None:
