@@ -111,7 +111,7 @@ def _compressed(model: Any, example: Any) -> dict[str, Any]:
 
 
 def _reasons(reasons: Iterable[str | None]) -> str:
-    counts = Counter(reason.partition(" (")[0] for reason in reasons if reason)
+    counts = Counter(reason.partition(" (")[0].partition(", ")[0] for reason in reasons if reason)
     return "; ".join(f"{count} {reason}" for reason, count in counts.most_common())
 
 
@@ -166,7 +166,8 @@ def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
         "removed by L1 norm, without rounding, random weights. *Proof*: the largest relative difference at any node between the "
         "masked original and the shrunk graph, in double precision. *ONNX*: that between the shrunk model and onnxruntime on its "
         "file. *Own class*: the user's own class came back; *graph*: the rewritten graph, because of that line. *In parts*: "
-        "`torch.export` cannot capture the network whole; the parts were, what is between them runs as it is. *By shape*: too "
+        "`torch.export` cannot capture the network whole; the parts were, what is between them runs as it is. *A tensor whose size is fixed* "
+        "is an input, or comes from one. *By shape*: too "
         "large to prove here, analysed and planned only.",
         "",
         f"{len(rows)} networks: {len(proven)} proven, of them {len(parts)} in parts; {len(owned)} in their own class, "
@@ -176,7 +177,7 @@ def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
         HEAD,
         "|" + " --- |" * 9,
     ]
-    for name, values in rows.items():
+    for name, values in sorted(rows.items()):
         lines.append(
             f"| {name} | " + " | ".join(str(values.get(column, "")).replace("|", "/") for column in COLUMNS) + " |"
         )

@@ -102,7 +102,7 @@ def analyse(captured: Captured) -> Analysis:
     flow = Flow()
     names = tensor_names(captured.graph_module, *filter(None, [captured.training]))
     parameters: dict[str, Labels] = {}
-    end = "is an output of the model" if captured.parts is None else "leaves a part that could be captured"
+    end = "is an output of the model" if captured.parts is None else "leaves what could be captured of the model"
     labels, unknown = _labelled(flow, captured.graph_module, names, parameters, captured.known, end)
     if captured.training is not None:
         flow.training = True

@@ -80,7 +80,7 @@ def test_the_largest_submodules_that_can_be_captured_are_parts() -> None:
     assert kept(result, "head.0.weight") == (6, 8)
     assert kept(result, "head.2.weight") == (8, 6)
     reasons = {pinned["reason"] for pinned in result.report["pinned"]}
-    assert "leaves a part that could be captured (output)" in reasons
+    assert "leaves what could be captured of the model (output)" in reasons
 
 
 def test_the_whole_model_equals_the_masked_one_on_other_data_and_sizes() -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.compress import Result, compress
-from speedup.errors import CaptureError
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("quiet_and_quick")
