@@ -15,6 +15,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass, NameFixPass, Ou
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, OutputKind, TensorArgument
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.onnx import ONNXProgram
 from torch.onnx.errors import OnnxExporterError
 from torch.utils import _pytree as pytree
@@ -225,17 +226,19 @@ def _translate(
     inputs = _named_inputs(model, example_inputs)
     present = batch_size(example_inputs)
     try:
-        translated = torch.onnx.export(
-            _without_projections(program),
-            dynamo=True,
-            verbose=False,
-            opset_version=opset,
-            optimize=optimize,
-            dynamic_shapes=[{0: "batch"} if carries_batch(leaf, present) else None for leaf in inputs.values()],
-        )
+        with sdpa_kernel(SDPBackend.MATH):  # other kernels lay their outputs out as ONNX's parts of attention do not
+            translated = torch.onnx.export(
+                _without_projections(program),
+                dynamo=True,
+                verbose=False,
+                opset_version=opset,
+                optimize=optimize,
+                dynamic_shapes=[{0: "batch"} if carries_batch(leaf, present) else None for leaf in inputs.values()],
+            )
     except OnnxExporterError as error:
         operator = re.search(r"OpOverload\(op='([\w.]+)'", str(error))
-        fact = f"ONNX has no operator for {operator[1]}" if operator else f"torch.onnx fails ({first_line(error)})"
+        told = first_line(error.__cause__ or error)
+        fact = f"ONNX has no operator for {operator[1]}" if operator else f"torch.onnx fails ({told})"
         raise ExportError(f"{who}: {fact}. Replace it in the model, or use a .pt2 file.") from error
     assert translated is not None
     if translated.model.opset_imports.get("", opset) != opset:  # the converter only logs it

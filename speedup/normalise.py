@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.amp import autocast_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from speedup.program import reshape_views
 from speedup.rules import rule_for
 
 aten = torch.ops.aten
@@ -24,14 +25,9 @@ _REGIONS = (torch.ops.higher_order.wrap_with_set_grad_enabled, torch.ops.higher_
 
 
 def normalise(graph_module: fx.GraphModule) -> None:
-    """Rewrites a captured graph in place until it speaks the dialect of the rules as far as it can.
-
-    Views become reshapes: whether a view is possible depends on type and device.
-    """
+    """Rewrites a captured graph in place until it speaks the dialect of the rules as far as it can."""
     for node in list(graph_module.graph.nodes):
-        if node.target is aten.view.default:
-            node.target = aten.reshape.default
-        elif node.target in _REGIONS:
+        if node.target in _REGIONS:
             _inline(graph_module, node)
         elif _is_composite(node) and rule_for(node.target) is None:
             _decompose(graph_module.graph, node)
@@ -79,8 +75,7 @@ def _decompose(graph: fx.Graph, node: fx.Node) -> None:
     inner = _traced(node, operands)
     if inner is None:
         return
-    for call in inner.find_nodes(op="call_function", target=aten.view.default):
-        call.target = aten.reshape.default
+    reshape_views(inner)
     with graph.inserting_before(node):
         copies = _copies(graph, inner, operands)
     origin = {name: node.meta[name] for name in ("stack_trace", "nn_module_stack") if name in node.meta}

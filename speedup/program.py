@@ -11,7 +11,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, is_concrete_int
@@ -54,6 +54,10 @@ def to_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
             f"{name}: torch.export cannot capture it whole ({_fact(error)}). "
             "Remove control flow that depends on data, or prune a submodule."
         ) from error
+    for module in program.graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            reshape_views(module.graph)
+            module.recompile()
     for node in program.graph.nodes:
         for value in pytree.tree_leaves(node.meta.get("val")):
             if isinstance(value, Tensor) and depends_on_data(value):
@@ -68,6 +72,12 @@ def to_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         if dynamic and carries_batch(leaf, batch) and is_concrete_int(values[place].shape[0]):
             raise CaptureError(f"{name}: its code makes a number of the batch of {place}. Leave it a size.")
     return program
+
+
+def reshape_views(graph: fx.Graph) -> None:
+    """Makes reshapes of views: whether a view is possible depends on types, devices and what came before."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
 
 
 def beside(model: nn.Module, inputs: Any) -> Any:
