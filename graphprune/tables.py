@@ -153,7 +153,7 @@ def _captured(report: Report) -> list[str]:
     return [
         f"Captured in parts: {', '.join(paths[:8])}{more}. The rest, {_short(report['parts']['parameters_outside'])} "
         f"parameters, runs as it is. {report['parts']['stopped']['']}",
-        "The files for onnxruntime and torch.export hold the parts side by side, each with inputs and outputs of its own.",
+        "The files for onnxruntime and torch.export hold the parts side by side, each with its own inputs and outputs.",
     ]
 
 
