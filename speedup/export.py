@@ -11,6 +11,7 @@ from typing import Any
 
 import onnx
 import torch
+from onnx_ir.passes import PassError
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, NameFixPass, OutputFixPass
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -225,16 +226,12 @@ def _translate(
     outputs = _names(pytree.tree_unflatten(returned, program.call_spec.out_spec), TensorArgument)
     inputs = _named_inputs(model, example_inputs)
     present = batch_size(example_inputs)
+    shapes = [{0: "batch"} if carries_batch(leaf, present) else None for leaf in inputs.values()]
     try:
-        with sdpa_kernel(SDPBackend.MATH):  # other kernels lay their outputs out as ONNX's parts of attention do not
-            translated = torch.onnx.export(
-                _without_projections(program),
-                dynamo=True,
-                verbose=False,
-                opset_version=opset,
-                optimize=optimize,
-                dynamic_shapes=[{0: "batch"} if carries_batch(leaf, present) else None for leaf in inputs.values()],
-            )
+        try:
+            translated = _exported(program, opset, shapes, optimize)
+        except PassError:  # the optimiser of onnxscript does not know every graph
+            translated = _exported(program, opset, shapes, False)
     except OnnxExporterError as error:
         operator = re.search(r"OpOverload\(op='([\w.]+)'", str(error))
         told = first_line(error.__cause__ or error)
@@ -250,6 +247,20 @@ def _translate(
     NameFixPass()(translated.model)
     ClearMetadataAndDocStringPass()(translated.model)
     return translated
+
+
+def _exported(
+    program: ExportedProgram, opset: int, shapes: list[dict[int, str] | None], optimize: bool
+) -> ONNXProgram | None:
+    with sdpa_kernel(SDPBackend.MATH):  # other kernels lay their outputs out as ONNX's parts of attention do not
+        return torch.onnx.export(
+            _without_projections(program),
+            dynamo=True,
+            verbose=False,
+            opset_version=opset,
+            optimize=optimize,
+            dynamic_shapes=shapes,
+        )
 
 
 def _without_projections(program: ExportedProgram) -> ExportedProgram:
