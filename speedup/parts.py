@@ -6,7 +6,7 @@ receives when the model runs on the example. What can be captured becomes a part
 is captured in the place of the model. Everything that crosses a border is input or output of that graph, so it stays.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from speedup.errors import CaptureError
+from speedup.errors import CaptureError, first_line
 from speedup.program import to_program
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-MOST_CALLS = 8
-"""Calls of a part that are captured: of each that differs in shapes the first, up to so many."""
+MOST_SIZES = 8
+"""Calls of a part that are captured and differ in nothing but sizes."""
+MOST_WAYS = 16
+"""Calls of a part that differ in more than sizes; what is called in more ways is no part."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,14 @@ class Parts:
         calls: The inputs of each call.
         shared: Tensors of the parts that other code of the model uses as well: they stay as they are.
         stopped: Why each submodule that was tried is no part, in one line; the model itself is "".
+        example: The inputs of the model itself.
     """
 
     paths: tuple[str, ...]
     calls: tuple[Inputs, ...]
     shared: tuple[str, ...]
     stopped: Mapping[str, str]
+    example: Inputs
 
     def entry(self, model: nn.Module) -> nn.Module:
         """Returns the module that runs these parts of ``model``."""
@@ -46,7 +50,7 @@ class Parts:
 
     def outside(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Returns the parameters of ``model`` that are in no part, by name."""
-        inside = _inside(self.paths)
+        inside = _inside(model, self.paths)
         return {name: parameter for name, parameter in model.named_parameters() if not inside(name)}
 
 
@@ -88,8 +92,9 @@ def find_parts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
             module = model.get_submodule(path)
             if next(module.parameters(), None) is None:
                 continue
-            full = [call for call in received[path] if not _is_empty(call)]
-            reason = _EMPTY if received[path] and not full else _refusal(module, full)
+            calls, strange = received[path]
+            full = [call for call in calls if not _is_empty(call)]
+            reason = strange or (_EMPTY if calls and not full else _refusal(module, full))
             if reason is None:
                 found[path] = full
                 continue
@@ -98,15 +103,17 @@ def find_parts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         level = _children(model, refused)
     if not found:
         return None
-    calls = [(path, call) for path, inputs in found.items() for call in inputs]
-    paths, inputs = zip(*calls, strict=True)
+    pairs = [(path, call) for path, inputs in found.items() for call in inputs]
+    paths, every = zip(*pairs, strict=True)
     shared = _shared(model, args, kwargs, tuple(found))
-    return Parts(paths, inputs, shared, {path: why for path, why in stopped.items() if why})
+    return Parts(paths, every, shared, {path: why for path, why in stopped.items() if why}, (args, kwargs))
 
 
-def _inside(paths: Iterable[str]) -> Callable[[str], bool]:
-    """Returns whether a tensor of that name is in one of the parts."""
-    prefixes = tuple(f"{path}." for path in paths)
+def _inside(model: nn.Module, paths: Iterable[str]) -> Callable[[str], bool]:
+    """Returns whether a tensor of that name is in one of the parts, whatever the part is called there."""
+    parts = {id(model.get_submodule(path)) for path in paths}
+    named = model.named_modules(remove_duplicate=False)
+    prefixes = tuple(f"{name}." for name, module in named if id(module) in parts)
     return lambda name: name.startswith(prefixes)
 
 
@@ -133,14 +140,21 @@ def _refusal(module: nn.Module, calls: Sequence[Inputs]) -> str | None:
     return None
 
 
-def _received(model: nn.Module, args: Any, kwargs: Any, paths: Sequence[str]) -> dict[str, list[Inputs]]:
-    """The inputs of the submodules ``paths`` while the model runs, of calls with the same shapes the first."""
-    received: dict[str, dict[str, Inputs]] = {path: {} for path in paths}
+def _received(
+    model: nn.Module, args: Any, kwargs: Any, paths: Sequence[str]
+) -> dict[str, tuple[list[Inputs], str | None]]:
+    """The inputs of the submodules ``paths`` while the model runs, of like calls the first, and why they do not do."""
+    received: dict[str, dict[str, dict[str, Inputs]]] = {path: {} for path in paths}
+    states: dict[str, set[tuple[Any, ...]]] = {path: set() for path in paths}
 
     def note(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            if len(received[path]) < MOST_CALLS:
-                received[path].setdefault(_signature((inputs, named)), _copied((inputs, named)))
+            states[path].add(_state(module))
+            way, sizes = _signature((inputs, named))
+            if len(received[path]) <= MOST_WAYS:
+                alike = received[path].setdefault(way, {})
+                if len(alike) < MOST_SIZES and sizes not in alike:
+                    alike[sizes] = _copied((inputs, named))
 
         return hook
 
@@ -148,14 +162,43 @@ def _received(model: nn.Module, args: Any, kwargs: Any, paths: Sequence[str]) ->
         model.get_submodule(path).register_forward_pre_hook(note(path), with_kwargs=True, prepend=True)
         for path in paths
     ]
-    with _released(handles), torch.no_grad():
-        model(*_copied(args), **_copied(kwargs))
-    return {path: list(calls.values()) for path, calls in received.items()}
+    with _released(handles):
+        _run(model, args, kwargs)
+    found: dict[str, tuple[list[Inputs], str | None]] = {}
+    for path, ways in received.items():
+        strange = "is called in too many ways" if len(ways) > MOST_WAYS else None
+        if states[path] - {_state(model.get_submodule(path))}:
+            strange = "is in another mode when it is called than before and after"
+        found[path] = [call for alike in ways.values() for call in alike.values()], strange
+    return found
 
 
-def _signature(inputs: Any) -> str:
+def _run(model: nn.Module, args: Any, kwargs: Any) -> None:
+    try:
+        with torch.no_grad():
+            model(*_copied(args), **_copied(kwargs))
+    except Exception as error:  # whatever the user's code raises is the user's to read
+        raise CaptureError(
+            f"{type(model).__name__}: raises {type(error).__name__} when it runs again ({first_line(error)}). "
+            "Let what it does not depend on earlier runs."
+        ) from error
+
+
+def _state(module: nn.Module) -> tuple[Any, ...]:
+    """The switches of a module and of all inside it: ``training``, and what else is true, false or a word."""
+    return tuple(
+        (path, name, value)
+        for path, inner in module.named_modules()
+        for name, value in vars(inner).items()
+        if isinstance(value, bool | str)
+    )
+
+
+def _signature(inputs: Any) -> tuple[str, str]:
+    """What a call gives, as text: all but the sizes, and the sizes."""
     leaves, structure = pytree.tree_flatten(inputs)
-    return str(structure) + ";".join(f"{x.dtype}{tuple(x.shape)}" if isinstance(x, Tensor) else repr(x) for x in leaves)
+    told = [f"{leaf.dtype}{leaf.dim()}" if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves]
+    return f"{structure}{told}", str([tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)])
 
 
 def _copied(inputs: Any) -> Any:
@@ -173,19 +216,28 @@ def _released(handles: Sequence[Any]) -> Iterator[None]:
 
 @dataclass
 class _Watch(TorchFunctionMode):
-    """Notes which tensors are used while no part runs."""
+    """Notes which tensors are used where the part that they belong to does not run.
+
+    Attributes:
+        names: The name of each tensor of the parts, by identity.
+        owners: The parts that each of these is in.
+        running: The parts that run, the outer ones first.
+        seen: The names of those that were used elsewhere.
+    """
 
     names: Mapping[int, str]
-    depth: int = 0
+    owners: Mapping[int, Container[int]]
+    running: list[int] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         super().__init__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.depth and getattr(func, "__self__", None) not in _ABOUT:
-            leaves = pytree.tree_leaves((args, kwargs or {}))
-            self.seen.update(self.names[id(leaf)] for leaf in leaves if id(leaf) in self.names)
+        if getattr(func, "__self__", None) not in _ABOUT:
+            for leaf in pytree.tree_leaves((args, kwargs or {})):
+                if id(leaf) in self.names and (not self.running or self.running[0] not in self.owners[id(leaf)]):
+                    self.seen.add(self.names[id(leaf)])
         return func(*args, **(kwargs or {}))
 
 
@@ -194,26 +246,30 @@ _ABOUT = (Tensor.dtype, Tensor.device, Tensor.is_cuda, Tensor.requires_grad, Ten
 
 
 def _shared(model: nn.Module, args: Any, kwargs: Any, paths: Sequence[str]) -> tuple[str, ...]:
-    """The tensors of the parts that the model uses while none of them runs, or holds outside of them as well."""
-    inside = _inside(paths)
+    """The tensors that the model uses where no part runs that they are in, or holds outside of the parts as well."""
+    inside = _inside(model, paths)
     held = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     names = {id(tensor): name for name, tensor in held if inside(name)}
     tied = {names[id(tensor)] for name, tensor in held if id(tensor) in names and not inside(name)}
-    watch = _Watch(names)
+    parts = {id(part): part for part in map(model.get_submodule, dict.fromkeys(paths))}
+    owners: dict[int, set[int]] = {tensor: set() for tensor in names}
+    for part in parts.values():
+        for tensor in (*part.parameters(), *part.buffers()):
+            owners[id(tensor)].add(id(part))
+    watch = _Watch(names, owners)
 
-    def enter(*_: Any) -> None:
-        watch.depth += 1
+    def enter(part: nn.Module, *_: Any) -> None:
+        watch.running.append(id(part))
 
     def leave(*_: Any) -> None:
-        watch.depth -= 1
+        watch.running.pop()
 
     handles = []
-    for path in paths:
-        module = model.get_submodule(path)
+    for part in parts.values():
         handles += [
-            module.register_forward_pre_hook(enter, prepend=True),
-            module.register_forward_hook(leave, always_call=True),
+            part.register_forward_pre_hook(enter, prepend=True),
+            part.register_forward_hook(leave, always_call=True),
         ]
-    with _released(handles), torch.no_grad(), watch:
-        model(*_copied(args), **_copied(kwargs))
+    with _released(handles), watch:
+        _run(model, args, kwargs)
     return tuple(sorted(watch.seen | tied))

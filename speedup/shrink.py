@@ -23,6 +23,7 @@ from speedup.plan import ShrinkPlan
 from speedup.program import beside, evaluating, is_hollow, quiet, to_program
 from speedup.repair import FITS, Repair, fewest, find_repairs, repaired
 from speedup.replay import first_difference
+from speedup.surroundings import surroundings_differ
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,16 @@ def shrink(captured: Captured, plan: ShrinkPlan) -> Shrunk:
             module = repaired(captured.model, swaps, measured)
         tried = is_hollow(captured.model) and measured == repairs  # without weights the calls are compared at once
         other = None if tried else _other_calls(captured.entry(module), graph, captured)
+        if other is None and captured.parts is not None:
+            other = surroundings_differ(captured.parts, captured.model, module)
         if not other:
             return Shrunk(module, graph, measured, None)
         obstacle = obstacle or other
     obstacle = obstacle or obstacles[:2][-1]  # that of the first repairs, tried second
     if captured.parts is not None:
         raise PlanError(
-            f"{obstacle}: this code does not fit its smaller tensors, and a model that is captured in parts has no "
-            "other. Exclude the module that it belongs to."
+            f"{obstacle}: this code does not fit smaller tensors, and a model that is captured in parts has no other. "
+            "Exclude the module that it belongs to, or whose sizes it reads."
         )
     graph.train(captured.model.training)
     return Shrunk(graph, graph, (), obstacle)

@@ -211,6 +211,150 @@ def test_code_that_does_not_fit_is_named() -> None:
     assert kept(shrunk(Stubborn(), exclude="work"), "head.0.weight") == (6, 8)
 
 
+class Around(Detector):
+    """Code around the parts reads a size that no tensor tells."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.tower(x)
+        return self.head(y.permute(0, 2, 3, 1)[y.mean(1) > 0]) / self.head[0].out_features
+
+
+def test_code_around_the_parts_must_do_the_same() -> None:
+    with pytest.raises(
+        PlanError, match=r"^the code around the parts returns something else: .* whose sizes it reads\.$"
+    ):
+        shrunk(Around())
+    assert kept(shrunk(Around(), exclude="head"), "tower.0.weight") == (8, 3, 3, 3)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        return self.gain(x) * len(bias)
+
+
+class Lender(Detector):
+    """A tensor of one part is an argument of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scaled = Scaled()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.tower(x)
+        return self.scaled(self.head(y.permute(0, 2, 3, 1)[y.mean(1) > 0]), self.tower[0].bias)
+
+
+def test_a_tensor_that_another_part_uses_stays() -> None:
+    result = shrunk(Lender())
+    assert result.report["parts"]["used_outside"] == ["tower.0.bias"]
+    assert kept(result, "tower.0.weight") == (16, 3, 3, 3)
+    assert kept(result, "head.0.weight") == (6, 8)
+
+
+class Named(Detector):
+    """A part that is called by two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alias = self.tower
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.tower(x) + self.alias(x)
+        return y[y.mean((1, 2, 3)) > 0]
+
+
+def test_a_part_with_two_names_is_not_used_outside() -> None:
+    result = shrunk(Named())
+    assert result.report["parts"]["used_outside"] == []
+    assert kept(result, "tower.0.weight") == (8, 3, 3, 3)
+
+
+class Switched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.out = (nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8))
+        self.second = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out((self.two if self.second else self.one)(x).relu())
+
+
+class Switching(Detector):
+    """The code around a part sets what it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = Switched()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.tower(x)
+        rows = y.permute(0, 2, 3, 1)[y.mean(1) > 0]
+        first = self.head(rows)
+        self.head.second = True
+        second = self.head(rows)
+        self.head.second = False
+        return first + second
+
+
+def test_what_is_called_in_other_modes_is_no_part() -> None:
+    result = shrunk(Switching())
+    assert result.report["parts"]["captured"] == ["tower", "head.one", "head.two", "head.out"]
+    assert "in another mode" in result.report["parts"]["stopped"]["head"]
+    with torch.no_grad():
+        result.model(torch.randn(2, 3, 8, 8))
+
+
+class Chosen(nn.Module):
+    def __init__(self, ways: int) -> None:
+        super().__init__()
+        self.rows = nn.ModuleList([nn.Linear(8, 12) for _ in range(ways)])
+        self.out = nn.Linear(12, 8)
+
+    def forward(self, x: Tensor, way: int) -> Tensor:
+        return self.out(self.rows[way](x).relu())
+
+
+class Choosing(Detector):
+    """A part that is told by a number what to do."""
+
+    def __init__(self, ways: int) -> None:
+        super().__init__()
+        self.head = Chosen(ways)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.tower(x)
+        rows = y.permute(0, 2, 3, 1)[y.mean(1) > 0]
+        return sum((self.head(rows, way) for way in range(len(self.head.rows))), rows)
+
+
+def test_every_way_in_which_a_part_is_called_is_captured() -> None:
+    assert kept(shrunk(Choosing(10)), "head.rows.9.weight") == (6, 8)
+    result = shrunk(Choosing(20))
+    assert result.report["parts"]["stopped"]["head"] == "is called in too many ways"
+    assert kept(result, "head.rows.19.weight") == (12, 8)
+
+
+class Once(Detector):
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs.append(1)
+        if len(self.runs) > 2:
+            raise RuntimeError("enough")
+        return super().forward(x)
+
+
+def test_a_model_that_runs_only_so_often_is_refused_in_one_line() -> None:
+    with pytest.raises(CaptureError, match=r"^Once: raises RuntimeError when it runs again \(enough\)\. .*\.$"):
+        capture(Once(), torch.randn(2, 3, 8, 8))
+
+
 class Hopeless(nn.Module):
     def __init__(self) -> None:
         super().__init__()
