@@ -127,7 +127,8 @@ def write_checkpoint(
             "total_size": sum(count * _width(like.entries[name].dtype) for name, count in numbers.items()),
             "total_parameters": sum(numbers.values()),
         }
-        said = told.get("metadata") or {}
+        said = told.get("metadata")
+        said = said if isinstance(said, dict) else {}
         told["metadata"] = {
             **said,
             **{key: value for key, value in known.items() if key in said or key == "total_size"},

@@ -63,6 +63,12 @@ class _Weights:
         owners = {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
         needed = {name: owner for name, owner in owners.items() if name in state and not is_counter(name)}
         check_fits(checkpoint, {name: tensor.shape for name, tensor in tensors.items()}, needed)
+        for name, entry in checkpoint.entries.items():
+            if entry.dtype.startswith(("F", "BF")) != tensors[name].is_floating_point():
+                raise ModelError(
+                    f"{checkpoint.folder}: {name} is of type {entry.dtype}, in the model "
+                    f"{str(tensors[name].dtype).removeprefix('torch.')}. Build the model of this checkpoint."
+                )
         holder: dict[str, str] = {}
         for name in checkpoint.entries:
             twin = holder.setdefault(owners[name], name)
@@ -252,15 +258,14 @@ def _write_rest(
             shutil.copyfile(path, draft / path.name)
     if not (source.folder / CONFIG).is_file():
         return {"written": False, "reason": "the checkpoint has none"}
-    text = (source.folder / CONFIG).read_text(encoding="utf-8")
     try:
-        told = json.loads(text)
+        told = json.loads((source.folder / CONFIG).read_bytes())
         dense = {name: entry.shape for name, entry in source.entries.items()}
         new = resized(told, dense, shapes, plan)
     except (ValueError, AttributeError):
         new = "it is no JSON object"
     if isinstance(new, str):
-        (draft / DENSE_CONFIG).write_text(text, encoding="utf-8")
+        shutil.copyfile(source.folder / CONFIG, draft / DENSE_CONFIG)
         return {"written": False, "reason": new}
     (draft / CONFIG).write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
     changed = {key: [told.get(key), value] for key, value in new.items() if told.get(key) != value}

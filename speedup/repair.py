@@ -47,9 +47,11 @@ def repaired(model: nn.Module, swaps: Mapping[int, Tensor], repairs: Iterable[Re
     _share_out(module, repairs)
     for repair in repairs:
         owner = module.get_submodule(repair.module)
-        setattr(
-            getattr(owner, repair.holder) if repair.holder else owner, repair.attribute.rpartition(".")[2], repair.new
-        )
+        name = repair.attribute.rpartition(".")[2]
+        try:
+            setattr(getattr(owner, repair.holder) if repair.holder else owner, name, repair.new)
+        except (AttributeError, TypeError, ValueError):  # a configuration that is frozen; this one is a copy
+            vars(getattr(owner, repair.holder))[name] = repair.new
     new = []
     with evaluating(module), torch.no_grad():  # a parametrised weight is computed when it is read
         for submodule in module.modules():
@@ -277,7 +279,7 @@ def fewest(
     if once(choices[0]) == FITS:
         yield _needed(model, choices[0], once)
     for repairs in filter(None, choices[1:] or choices):
-        for start in sorted((choices[0], repairs), key=lambda start: -once(start)):
+        for start in sorted((choices[0], repairs, ()), key=lambda start: -once(start)):
             found = _searched(model, repairs, start, once)
             if found is not None:
                 yield _needed(model, found, once)

@@ -63,8 +63,8 @@ def shrink(captured: Captured, plan: ShrinkPlan) -> Shrunk:
         obstacles.append(obstacle or "")
         return calls if obstacle else FITS
 
-    obstacle = ""
-    for repairs in fewest(captured.model, find_repairs(captured, plan), far):
+    obstacle = _uncopied(captured.model, swaps)
+    for repairs in fewest(captured.model, find_repairs(captured, plan), far) if not obstacle else ():
         module = repaired(captured.model, swaps, repairs)
         measured = repairs + _bare_norms(module, captured)
         if measured != repairs:
@@ -84,6 +84,15 @@ def shrink(captured: Captured, plan: ShrinkPlan) -> Shrunk:
         )
     graph.train(captured.model.training)
     return Shrunk(graph, graph, (), obstacle)
+
+
+def _uncopied(model: nn.Module, swaps: dict[int, Tensor]) -> str:
+    """Why ``model`` cannot be copied; empty if it can be."""
+    try:
+        repaired(model, swaps, ())
+    except Exception as error:  # noqa: BLE001  # whatever the user's objects raise
+        return f"{type(model).__name__}: cannot be copied ({type(error).__name__}: {first_line(error)})"
+    return ""
 
 
 def _other_calls(entry: nn.Module, graph: ShrunkGraph, captured: Captured) -> str | None:

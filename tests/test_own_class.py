@@ -1,6 +1,7 @@
 """When the user's own class comes back: only if it does, call by call, what the graph does, in training as well."""
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,43 @@ def test_a_number_that_equals_a_size_by_chance_stays() -> None:
     small: Any = result.model
     assert type(small) is Limited and (small.width, small.side) == (2, 4)
     assert [repair.attribute for repair in result.shrunk.repairs] == ["width"]
+
+
+@dataclass(frozen=True)
+class Frozen:
+    width: int
+
+
+class Configured(nn.Module):
+    """Its size is in an object that cannot be changed; two other numbers equal it by chance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, self.one, self.two = Frozen(4), 4, 4
+        self.a, self.b, self.o = nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x).unflatten(-1, (2, self.config.width)).flatten(-2) / self.one)
+        return self.o(x) * self.two
+
+
+def test_a_size_in_a_frozen_object_beside_numbers_that_equal_it() -> None:
+    model = Configured()
+    small: Any = compressed(model, tokens()).model
+    assert type(small) is Configured and (small.config.width, small.one, small.two) == (2, 4, 4)
+    assert model.config.width == 4
+
+
+class Uncopyable(dict[str, int]):
+    __getattr__ = dict.__getitem__
+
+
+def test_a_model_that_cannot_be_copied_becomes_a_graph() -> None:
+    model = Limited()
+    model.held = Uncopyable(width=4)
+    result = compressed(model, tokens())
+    assert isinstance(result.model, ShrunkGraph)
+    assert result.shrunk.obstacle == "Limited: cannot be copied (KeyError: '__deepcopy__')"
 
 
 def test_a_class_that_agrees_by_chance_is_not_handed_over() -> None:

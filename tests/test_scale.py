@@ -310,6 +310,12 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+FAULTS["other type"] = (
+    lambda f: rewritten(f, lambda state: state.update({FIRST: torch.zeros(96, 32, dtype=torch.int8)})),
+    f"{FIRST} is of type I8, in the model float32",
+)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_faulty_checkpoint_is_refused_in_one_line(fault: str, llama: Any, tmp_path: Path) -> None:
     saved(small(llama)(), tmp_path / "dense")
@@ -319,6 +325,17 @@ def test_a_faulty_checkpoint_is_refused_in_one_line(fault: str, llama: Any, tmp_
         compress_checkpoint(small(llama), IDS, tmp_path / "dense", tmp_path / "small")
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_files_beside_the_weights_may_hold_anything(llama: Any, tmp_path: Path) -> None:
+    saved(small(llama)(), tmp_path / "dense")
+    (tmp_path / "dense" / "config.json").write_bytes(b"\xff\xfe\x00")
+    told = json.loads((tmp_path / "dense" / INDEX).read_text())
+    (tmp_path / "dense" / INDEX).write_text(json.dumps(told | {"metadata": [1]}))
+    report = compress_checkpoint(small(llama), IDS, tmp_path / "dense", tmp_path / "small", prove_it=False)
+    assert report["checkpoint"]["config"] == {"written": False, "reason": "it is no JSON object"}
+    assert (tmp_path / "small" / "config.dense.json").read_bytes() == b"\xff\xfe\x00"
+    assert list(json.loads((tmp_path / "small" / INDEX).read_text())["metadata"]) == ["total_size"]
 
 
 def test_pickles_are_not_read(llama: Any, tmp_path: Path) -> None:
