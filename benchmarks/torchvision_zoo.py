@@ -53,7 +53,7 @@ def _images(name: str) -> Tensor:
 
 
 def _clips(name: str) -> Tensor:
-    long = name.startswith(("mvit", "s3d", "swin3d"))
+    long = name.startswith(("mvit", "s3d"))
     return torch.randn(2, 3, *((16, 224, 224) if long else (8, 112, 112)))
 
 
