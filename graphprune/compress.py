@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,6 +21,7 @@ from graphprune.report import Report, build_report
 from graphprune.select import Selection, select
 from speedup.analysis import Analysis, analyse
 from speedup.capture import Captured, attribute, capture
+from speedup.errors import MisfitError
 from speedup.inputs import ExampleInputs
 from speedup.plan import ShrinkPlan
 from speedup.planning import make_plan
@@ -97,8 +99,16 @@ def compress(
     stage = Stages(progress)
 
     captured = stage("capture", capture, model, example_inputs)
-    dependencies, selection, plan, block = planned(captured, request, stage)
-    shrunk = stage("shrink", shrink, captured, plan)
+    unfit: dict[str, str] = {}
+    while True:
+        dependencies, selection, plan, block = planned(captured, request, stage, unfit)
+        try:
+            shrunk = stage("shrink", shrink, captured, plan)
+            break
+        except MisfitError as error:
+            if not error.parts.keys() - unfit.keys():
+                raise
+            unfit |= error.parts
     proof = stage("verify", prove, dependencies.analysis, selection.live, plan, shrunk.graph, seed=request.seed)
     costs = stage("count", costs_of, captured, shrunk)
     report = build_report(
@@ -114,8 +124,16 @@ def compress(
     return Result(shrunk.model, plan, report, dependencies, selection, shrunk)
 
 
-def planned(captured: Captured, request: Request, stage: Stages) -> tuple[DependencyGraph, Selection, ShrinkPlan, int]:
+def planned(
+    captured: Captured, request: Request, stage: Stages, unfit: Mapping[str, str] = MappingProxyType({})
+) -> tuple[DependencyGraph, Selection, ShrinkPlan, int]:
     """Returns what goes together, what was chosen, the plan of that, and what was rounded to.
+
+    Args:
+        captured: The model.
+        request: What is asked.
+        stage: Runs the stages.
+        unfit: Modules that are left alone because code does not fit smaller ones, and why.
 
     Raises:
         ConfigError: An option makes no sense for this model.
@@ -134,7 +152,7 @@ def planned(captured: Captured, request: Request, stage: Stages) -> tuple[Depend
         scope=request.scope,
         round_to=block,
         min_channels=request.min_channels,
-        spared=_spared(analysis, request),
+        spared=_spared(analysis, request, unfit),
     )
     _check_something_goes(dependencies, selection, request)
     return dependencies, selection, stage("plan", make_plan, analysis, selection.live), block
@@ -178,7 +196,10 @@ def _numbers(tensor: Tensor, finite: bool) -> bool:
     return not any(bool((~part.isfinite() if finite else part.isnan()).any()) for part in parts)
 
 
-def _spared(analysis: Analysis, request: Request) -> Callable[[ChannelGroup], str | None]:
+_UNFIT = "code does not fit a smaller"
+
+
+def _spared(analysis: Analysis, request: Request, unfit: Mapping[str, str]) -> Callable[[ChannelGroup], str | None]:
     """Returns the function that says why a group is left alone: by the kind of its channels, or by module."""
     model = analysis.captured.model
     modules_by_name = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
@@ -201,6 +222,9 @@ def _spared(analysis: Analysis, request: Request) -> Callable[[ChannelGroup], st
         producers = set().union(*(modules(group, member) for member in group.members if member.role == "out"))
         if hit := sorted(producers & excluded):
             return f"excluded by name ({hit[0]})"
+        for path, why in unfit.items():
+            if any(f"{producer}.".startswith(f"{path}.") for producer in producers):
+                return f"{_UNFIT} {path}: {why}"
         if request.only and not producers & wanted:
             return "not among the modules asked for"
         return None
@@ -236,7 +260,10 @@ def _check_something_goes(dependencies: DependencyGraph, selection: Selection, r
     parts = dependencies.analysis.captured.parts
     if parts is not None:
         named = ", ".join(dict.fromkeys(parts.paths))
-        raise ModelError(f"model: nothing can be pruned in what can be captured of it ({named}). {parts.stopped['']}")
+        unfit = next((choice.note for choice in selection.choices if (choice.note or "").startswith(_UNFIT)), None)
+        raise ModelError(
+            f"model: nothing can be pruned in what can be captured of it ({unfit or named}). {parts.stopped['']}"
+        )
     notes = [(choice.group.pin is None, choice.note) for choice in selection.choices if choice.note]
     reasons = [note for free, note in notes if free] or [note for _, note in notes if "kernel" not in note]
     why = max(dict.fromkeys(reasons), key=reasons.count) if reasons else "it has no channels that could go"

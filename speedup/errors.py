@@ -1,5 +1,7 @@
 """The errors of both packages: one line each, made of a subject, a fact and a remedy."""
 
+from collections.abc import Mapping
+
 
 class SpeedupError(Exception):
     """A mistake or a limit that the user can do something about; its text is one line."""
@@ -11,6 +13,18 @@ class CaptureError(SpeedupError):
 
 class PlanError(SpeedupError):
     """A plan or a set of masks does not fit the model."""
+
+
+class MisfitError(PlanError):
+    """The code of a model that is captured in parts does not fit smaller tensors.
+
+    Attributes:
+        parts: Why, for each part in which that is so; empty where it is not known in which.
+    """
+
+    def __init__(self, text: str, parts: Mapping[str, str]) -> None:
+        super().__init__(text)
+        self.parts = parts
 
 
 class ProofError(SpeedupError):

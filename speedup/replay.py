@@ -126,8 +126,8 @@ class _Replay(fx.Interpreter):
 
 def first_difference(
     one: fx.GraphModule, other: fx.GraphModule, inputs: Sequence[Any], *, batches: Sequence[int], owned: Container[int]
-) -> str:
-    """Returns where ``other`` does something else than ``one``, as text; empty if both make the same calls.
+) -> tuple[str, fx.Node | None]:
+    """Returns where ``other`` does something else than ``one``, as text and node; empty if both make the same calls.
 
     Args:
         one: A graph.
@@ -146,13 +146,13 @@ def first_difference(
                     runs.append(_Replay(module, mode, owned, _idle(module, mode, fakes)))
                     runs[-1].run(*fakes, enable_io_processing=False)
             except DynamicOutputShapeException:  # sizes depend on the data: the numbers that were compared must do
-                return ""
+                return "", None
         for (_, expected), (node, found) in zip(runs[0].calls, runs[1].calls, strict=False):
             if expected != found:
-                return f"{source_line(node) or node.name}: computes something else than the rewritten graph"
+                return f"{source_line(node) or node.name}: computes something else than the rewritten graph", node
         if len(runs[0].calls) != len(runs[1].calls) or runs[0].returned != runs[1].returned:
-            return "its Python code returns something else than the rewritten graph"
-    return ""
+            return "its Python code returns something else than the rewritten graph", None
+    return "", None
 
 
 def _bounds(call: Mapping[str, Any], x: Tensor) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from speedup.analysis import tensor_names
 from speedup.capture import Captured, attribute, captured_from
 from speedup.cut import ShrunkGraph, shrink_graph
-from speedup.errors import PlanError, first_line
+from speedup.errors import MisfitError, first_line
 from speedup.inputs import with_batch
 from speedup.numeric import perturbed, relative_difference, varied
 from speedup.plan import ShrinkPlan
@@ -78,9 +78,10 @@ def shrink(captured: Captured, plan: ShrinkPlan) -> Shrunk:
         obstacle = obstacle or other
     obstacle = obstacle or obstacles[:2][-1]  # that of the first repairs, tried second
     if captured.parts is not None:
-        raise PlanError(
+        raise MisfitError(
             f"{obstacle}: this code does not fit smaller tensors, and a model that is captured in parts has no other. "
-            "Exclude the module that it belongs to, or whose sizes it reads."
+            "Exclude the module that it belongs to, or whose sizes it reads.",
+            _misfits(captured, plan, swaps, graph),
         )
     graph.train(captured.model.training)
     return Shrunk(graph, graph, (), obstacle)
@@ -95,10 +96,62 @@ def _uncopied(model: nn.Module, swaps: dict[int, Tensor]) -> str:
     return ""
 
 
+def _misfits(captured: Captured, plan: ShrinkPlan, swaps: dict[int, Tensor], graph: ShrunkGraph) -> dict[str, str]:
+    """Why a part does not fit its smaller tensors, or the code around it while the others stay as they are."""
+    parts, model = captured.parts, captured.model
+    assert parts is not None
+    choices = ((), *find_repairs(captured, plan))
+    found: dict[str, str] = {}
+    if surroundings_differ(
+        parts, model, repaired(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}, ())
+    ):
+        return found  # a copy does something else even with all its tensors
+    for path in dict.fromkeys(parts.paths):
+        part = model.get_submodule(path)
+        own = {id(tensor) for tensor in (*part.parameters(), *part.buffers())}
+        alone = {held: tensor for held, tensor in swaps.items() if held in own}
+        reasons = []
+        for choice in choices:
+            within = tuple(repair for repair in choice if f"{repair.module}.".startswith(f"{path}."))
+            small = repaired(model, alone, within)
+            reasons.append(_own_misfit(path, small, graph, captured) or surroundings_differ(parts, model, small))
+        if all(reasons):
+            found[path] = str(reasons[0])
+    if not found:  # the numbers agree by chance, the calls do not
+        for choice in choices:
+            text, node = _other_call(captured.entry(repaired(model, swaps, choice)), graph, captured)
+            around = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()] if node else []
+            found |= dict.fromkeys([path for path in parts.paths if path in around], text)
+    return found
+
+
+def _own_misfit(path: str, small: nn.Module, graph: ShrunkGraph, captured: Captured) -> str | None:
+    """How a part of ``small`` differs from what the graph says of it; None if it does not."""
+    assert captured.parts is not None
+    with evaluating(small, graph, captured.model), torch.no_grad(), quiet():
+        results, _ = graph(*copy.deepcopy(captured.args))
+        for name, (args, kwargs), expected in zip(captured.parts.paths, captured.args, results, strict=True):
+            if name != path:
+                continue
+            try:
+                found = small.get_submodule(path)(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+            except Exception as error:  # noqa: BLE001  # whatever the user's code raises
+                return f"{_last_line_of(error)}: {first_line(error)}"
+            leaves = pytree.tree_leaves(expected), pytree.tree_leaves(found)
+            if len(leaves[0]) != len(leaves[1]) or not all(map(_same, *leaves)):
+                return "its Python code computes something else than the rewritten graph"
+    return None
+
+
 def _other_calls(entry: nn.Module, graph: ShrunkGraph, captured: Captured) -> str | None:
     """Where the graph of ``entry``, captured again, does something else than ``graph``; None if nowhere."""
+    return _other_call(entry, graph, captured)[0] or None
+
+
+def _other_call(entry: nn.Module, graph: ShrunkGraph, captured: Captured) -> tuple[str, fx.Node | None]:
+    """The same, with the node that does it if there is one."""
     args, kwargs = captured.args, captured.kwargs
-    with evaluating(entry), quiet():
+    with evaluating(entry, captured.model), quiet():  # hooks of a copy may write to the model
         try:
             with torch.no_grad():
                 if not is_hollow(entry):
@@ -106,10 +159,10 @@ def _other_calls(entry: nn.Module, graph: ShrunkGraph, captured: Captured) -> st
             program = to_program(entry, args, kwargs, dynamic=captured.fixed_batch is None)
         except Exception as error:  # noqa: BLE001  # whatever the user's code raises
             raised = error.__cause__ if isinstance(error.__cause__, Exception) else error  # inside torch.export
-            return f"{_last_line_of(raised)}: {first_line(raised)}"
+            return f"{_last_line_of(raised)}: {first_line(raised)}", None
         again = captured_from(program, entry).graph_module
     owned = {id(tensor) for tensor in (*entry.parameters(), *entry.buffers())}
-    return first_difference(graph, again, captured.flat_inputs(), batches=captured.batches, owned=owned) or None
+    return first_difference(graph, again, captured.flat_inputs(), batches=captured.batches, owned=owned)
 
 
 def _swaps(captured: Captured, plan: ShrinkPlan, graph: ShrunkGraph) -> dict[int, Tensor]:
@@ -191,7 +244,7 @@ def difference(module: nn.Module, graph: ShrunkGraph, captured: Captured) -> str
     """
     module, graph = copy.deepcopy((module, graph))  # together: they share their tensors
     generator = torch.Generator().manual_seed(0)
-    with evaluating(module, graph), torch.no_grad(), quiet():
+    with evaluating(module, graph, captured.model), torch.no_grad(), quiet():
         shared = {id(tensor) for tensor in (*graph.parameters(), *graph.buffers())}
         for tensor in (*module.parameters(), *module.buffers()):
             if id(tensor) in shared:

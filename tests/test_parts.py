@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_rules import conv
@@ -14,9 +15,13 @@ from graphprune.audit import audit
 from graphprune.compress import Result, compress
 from graphprune.config import Request
 from graphprune.deliver import deliver
+from graphprune.errors import ModelError
 from graphprune.source import Source
+from speedup.analysis import analyse
 from speedup.capture import capture
-from speedup.errors import CaptureError, PlanError
+from speedup.errors import CaptureError, MisfitError
+from speedup.planning import make_plan
+from speedup.shrink import shrink
 
 pytestmark = pytest.mark.usefixtures("quiet_and_quick")
 
@@ -205,10 +210,26 @@ class Literal(nn.Module):
         return self.two(y.reshape(len(y), 16, -1).relu().reshape(y.shape))
 
 
-def test_code_that_does_not_fit_is_named() -> None:
-    with pytest.raises(PlanError, match=r"test_parts.py:\d+: .*captured in parts.* Exclude the module"):
-        shrunk(Stubborn())
-    assert kept(shrunk(Stubborn(), exclude="work"), "head.0.weight") == (6, 8)
+def test_a_part_whose_code_does_not_fit_is_left_alone() -> None:
+    result = shrunk(Stubborn())
+    assert kept(result, "work.one.weight") == (16, 3, 3, 3)
+    assert kept(result, "head.0.weight") == (6, 8)
+    notes = [group["note"] for group in result.report["groups"] if group["note"]]
+    assert len(notes) == 1 and notes[0].startswith("code does not fit a smaller work: ")
+    assert "test_parts.py:" in notes[0]
+    with pytest.raises(ModelError, match=r"\(code does not fit a smaller work: .*test_parts\.py:"):
+        shrunk(Stubborn(), only="work")
+
+
+def test_a_misfit_is_named_where_nothing_else_is_done() -> None:
+    captured = capture(Stubborn().eval(), torch.randn(2, 3, 8, 8))
+    analysis = analyse(captured)
+    live = np.ones(analysis.classes.count, dtype=np.bool_)
+    wide = analysis.classes.of[np.unique(analysis.labels["work_one_weight"].planes[0].numpy())]
+    live[wide[analysis.classes.pin_of[wide] < 0][::2]] = False
+    with pytest.raises(MisfitError, match=r"test_parts.py:\d+: .*captured in parts.* Exclude the module") as caught:
+        shrink(captured, make_plan(analysis, live))
+    assert list(caught.value.parts) == ["work"]
 
 
 class Around(Detector):
@@ -220,11 +241,34 @@ class Around(Detector):
 
 
 def test_code_around_the_parts_must_do_the_same() -> None:
-    with pytest.raises(
-        PlanError, match=r"^the code around the parts returns something else: .* whose sizes it reads\.$"
-    ):
-        shrunk(Around())
-    assert kept(shrunk(Around(), exclude="head"), "tower.0.weight") == (8, 3, 3, 3)
+    model = Around().eval()
+    result = shrunk(model)
+    assert kept(result, "tower.0.weight") == (8, 3, 3, 3) and kept(result, "head.0.weight") == (12, 8)
+    notes = [group["note"] for group in result.report["groups"] if group["note"]]
+    assert notes == ["code does not fit a smaller head: the code around the parts returns something else"]
+    x = torch.randn(3, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.allclose(result.model(x), masked(model, result)(x), atol=1e-6)
+
+
+class Recorded(Detector):
+    """A hook that keeps what a layer of a part gives out, in the model and not in a copy of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, Tensor] = {}
+        self.tower[2].register_forward_hook(lambda module, inputs, output: self.seen.update(last=output))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y * self.seen["last"].abs().sum()
+
+
+def test_a_model_whose_copy_does_something_else_is_refused_and_left_as_it_was() -> None:
+    model = Recorded().eval()
+    with pytest.raises(MisfitError, match=r"^the code around the parts raises KeyError \('last'\): "):
+        shrunk(model)
+    assert not model.seen
 
 
 class Scaled(nn.Module):
