@@ -7,7 +7,7 @@ is captured in the place of the model. Everything that crosses a border is input
 """
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from speedup.errors import CaptureError, first_line
-from speedup.program import to_program
+from speedup.program import evaluating, to_program
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 MOST_SIZES = 8
@@ -246,7 +246,7 @@ _ABOUT = (Tensor.dtype, Tensor.device, Tensor.is_cuda, Tensor.requires_grad, Ten
 
 
 def _shared(model: nn.Module, args: Any, kwargs: Any, paths: Sequence[str]) -> tuple[str, ...]:
-    """The tensors that the model uses where no part runs that they are in, or holds outside of the parts as well."""
+    """The tensors that the model, in either mode, uses where no part runs that they are in, or holds elsewhere too."""
     inside = _inside(model, paths)
     held = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     names = {id(tensor): name for name, tensor in held if inside(name)}
@@ -270,6 +270,11 @@ def _shared(model: nn.Module, args: Any, kwargs: Any, paths: Sequence[str]) -> t
             part.register_forward_pre_hook(enter, prepend=True),
             part.register_forward_hook(leave, always_call=True),
         ]
-    with _released(handles), watch:
-        _run(model, args, kwargs)
+    with _released(handles):
+        with watch:
+            _run(model, args, kwargs)
+        with evaluating(model), torch.random.fork_rng(devices=[]), suppress(CaptureError):
+            model.train()  # code around the parts may do more then; what needs other inputs for that is not seen
+            with watch:
+                _run(model, args, kwargs)
     return tuple(sorted(watch.seen | tied))

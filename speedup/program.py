@@ -136,7 +136,8 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
         for module, name, buffer in buffers:
             module._buffers[name] = buffer
         for tensor, (edition, content) in zip((*(b for *_, b in buffers), *bounded), contents, strict=True):
-            if tensor._version != edition:
+            # A batch norm in training writes its running mean and leaves the version as it was.
+            if tensor._version != edition or not (tensor.is_meta or torch.equal(tensor, content)):
                 tensor.data.copy_(content)
 
 

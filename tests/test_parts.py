@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -397,6 +398,30 @@ class Once(Detector):
 def test_a_model_that_runs_only_so_often_is_refused_in_one_line() -> None:
     with pytest.raises(CaptureError, match=r"^Once: raises RuntimeError when it runs again \(enough\)\. .*\.$"):
         capture(Once(), torch.randn(2, 3, 8, 8))
+
+
+class Training(Detector):
+    """In training mode code around the parts calls a layer of one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aux = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.tower(x)
+        rows = self.head(y.permute(0, 2, 3, 1)[y.mean(1) > 0])
+        return (rows, self.aux(self.tower[0](x))) if self.training else rows
+
+
+def test_what_training_uses_around_the_parts_stays() -> None:
+    model = Training().train()
+    before = copy.deepcopy(model.state_dict())
+    result = compress(model, torch.randn(2, 3, 8, 8), 0.5, round_to=1)
+    assert result.report["parts"]["used_outside"] == ["tower.0.bias", "tower.0.weight"]
+    assert kept(result, "tower.0.weight") == (16, 3, 3, 3) and kept(result, "head.0.weight") == (6, 8)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    rows, extra = result.model.train()(torch.randn(2, 3, 8, 8))
+    (rows.sum() + extra.sum()).backward()
 
 
 class Hopeless(nn.Module):
