@@ -216,6 +216,12 @@ def attribute(module: nn.Module, name: str) -> Any:
     return operator.attrgetter(name)(module)
 
 
+def at_source(node: fx.Node) -> str:
+    """Where in the user's code a node comes from, as " at file:line"; empty if unknown."""
+    line = source_line(node)
+    return f" at {line}" if line else ""
+
+
 def output_names(graph_module: fx.GraphModule) -> list[str]:
     """The names of what a graph returns, one for each leaf, as far as its containers have names; empty for others."""
     info = getattr(graph_module.graph._codegen, "pytree_info", None)

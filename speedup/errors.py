@@ -35,6 +35,10 @@ class ExportError(SpeedupError):
     """A file could not be written, or does not compute what the model computes."""
 
 
+BUG = "A rule is wrong, or the plan does not fit the model: compress again, and report it if it stays."
+"""The remedy where it is not the user who can do something."""
+
+
 def first_line(error: BaseException) -> str:
     """Returns the first line of what an error says, without a full stop; its class if it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -12,25 +12,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from speedup.analysis import Analysis, analyse, tensor_names
-from speedup.capture import Captured, attribute, capture, source_line
+from speedup.capture import at_source, attribute, capture
 from speedup.cut import ShrunkGraph, shrink_graph
-from speedup.errors import ProofError, first_line
-from speedup.inputs import ExampleInputs, batch_size, with_batch
+from speedup.errors import BUG, ProofError, first_line
+from speedup.growth import check_growth
+from speedup.inputs import ExampleInputs, batch_size
 from speedup.labels import Labels, Mask
 from speedup.masked import MASKED, execute
 from speedup.numeric import perturbed, relative_difference, varied
 from speedup.plan import ShrinkPlan
 from speedup.planning import live_from_keep
-from speedup.program import beside, evaluating
+from speedup.program import evaluating
 from speedup.rules import rule_for
 
 aten = torch.ops.aten
 TOLERANCE = 1e-9
-_BUG = "A rule is wrong, or the plan does not fit the model: compress again, and report it if it stays."
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def prove(
     finally:
         torch.set_default_dtype(default)
     if analysis.captured.fixed_batch is None:
-        _check_batch(analysis.captured, shrunk)
+        check_growth(analysis.captured, shrunk)
     return proof
 
 
@@ -105,66 +103,6 @@ def verify(model: nn.Module, plan: ShrinkPlan, example_inputs: ExampleInputs, *,
     """
     analysis = analyse(capture(model, example_inputs))
     return prove(analysis, live_from_keep(analysis, plan), plan, shrink_graph(analysis.captured, plan), seed=seed)
-
-
-def _check_batch(captured: Captured, shrunk: ShrunkGraph) -> None:
-    """Refuses a shrunk graph that is right at the batch of the example only: every size must grow as in the original.
-
-    Only shapes are computed.
-
-    Raises:
-        ProofError: A tensor does not grow with the batch as that of the original does, or the shrunk graph fails.
-    """
-    inputs = captured.flat_inputs()
-    sizes: list[list[dict[str, tuple[int, ...]]]] = []
-    for module in (captured.graph_module, shrunk):
-        sizes.append([])
-        for batch in captured.batches:
-            with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-                run = _Shapes(module, mode)
-                leaves = beside(module, with_batch(inputs, batch))
-                try:
-                    run.run(*pytree.tree_map_only(Tensor, mode.from_tensor, leaves), enable_io_processing=False)
-                except DynamicOutputShapeException:  # sizes depend on the data
-                    return
-                except Exception as error:  # any operator may refuse any shape
-                    if module is not shrunk:
-                        return
-                    raise ProofError(
-                        f"{run.node}: fails for a batch of {batch} ({first_line(error)}). {_BUG}"
-                    ) from error
-                sizes[-1].append(run.shapes)
-    for node in captured.nodes:
-        found = [one[node.name] for shapes in sizes for one in shapes if node.name in one]
-        if len(found) < 4:
-            continue
-        dense, wide, small, grown = found
-        if any(a * d != b * c for a, b, c, d in zip(dense, wide, small, grown, strict=True)):
-            raise ProofError(
-                f"{node.name}: has shape {grown} for a batch of {captured.batches[1]}, where the original has {wide}"
-                f"{_source(node)}. {_BUG}"
-            )
-
-
-class _Shapes(fx.Interpreter):
-    """Runs a graph on shapes alone and notes them."""
-
-    def __init__(self, module: fx.GraphModule, mode: FakeTensorMode) -> None:
-        super().__init__(module)
-        self.mode = mode
-        self.node = ""
-        self.shapes: dict[str, tuple[int, ...]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.node = n.name
-        if n.op == "get_attr":
-            value = attribute(self.module, str(n.target))
-            value = self.mode.from_tensor(value) if isinstance(value, Tensor) else value
-        else:
-            value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self.shapes[n.name] = tuple(value.shape)
-        return value
 
 
 class _Lockstep:
@@ -243,7 +181,7 @@ class _Lockstep:
             return execute(node, values)
         except Exception as error:  # any operator may refuse any shape
             raise ProofError(
-                f"{node.name}: the shrunk graph fails there ({first_line(error)}){_source(node)}. {_BUG}"
+                f"{node.name}: the shrunk graph fails there ({first_line(error)}){at_source(node)}. {BUG}"
             ) from error
 
     def _masked(self, node: fx.Node, values: Mapping[str, Any]) -> Any:
@@ -289,13 +227,13 @@ class _Lockstep:
         expected = self._compacted(node, dense, labels)
         if expected.is_floating_point() and expected.numel() and expected.isnan().all():
             raise ProofError(
-                f"{node.name}: is nan everywhere{_source(node)}, so nothing can be compared there. "
+                f"{node.name}: is nan everywhere{at_source(node)}, so nothing can be compared there. "
                 "Use example inputs on which the model gives numbers."
             )
         if expected.shape != small.shape:
             raise ProofError(
                 f"{node.name}: the shrunk graph has shape {tuple(small.shape)} where the masked original has "
-                f"{tuple(expected.shape)}{_source(node)}. {_BUG}"
+                f"{tuple(expected.shape)}{at_source(node)}. {BUG}"
             )
         if not expected.is_floating_point() and not expected.is_complex():
             far = 0.0 if torch.equal(expected, small) else float("inf")
@@ -307,7 +245,7 @@ class _Lockstep:
         if not far <= TOLERANCE:
             raise ProofError(
                 f"{node.name}: the shrunk graph differs from the masked original by {far:.3g} relative "
-                f"(allowed {TOLERANCE:g}){_source(node)}. {_BUG}"
+                f"(allowed {TOLERANCE:g}){at_source(node)}. {BUG}"
             )
         return far
 
@@ -375,9 +313,3 @@ def _last_uses(graph: fx.Graph) -> dict[str, list[str]]:
                 seen.add(source.name)
                 ends.setdefault(node.name, []).append(source.name)
     return ends
-
-
-def _source(node: fx.Node) -> str:
-    """Where in the user's code a node comes from, as " at file:line"."""
-    line = source_line(node)
-    return f" at {line}" if line else ""

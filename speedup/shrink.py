@@ -17,11 +17,12 @@ from speedup.analysis import tensor_names
 from speedup.capture import Captured, attribute, captured_from
 from speedup.cut import ShrunkGraph, shrink_graph
 from speedup.errors import MisfitError, first_line
+from speedup.fitting import FITS, fewest, find_repairs
 from speedup.inputs import with_batch
 from speedup.numeric import perturbed, relative_difference, varied
 from speedup.plan import ShrinkPlan
 from speedup.program import beside, evaluating, is_hollow, quiet, to_program
-from speedup.repair import FITS, Repair, fewest, find_repairs, repaired
+from speedup.repair import Repair, repaired
 from speedup.replay import first_difference
 from speedup.surroundings import surroundings_differ
 
