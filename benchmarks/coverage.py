@@ -3,7 +3,8 @@
     python benchmarks/coverage.py --out docs/coverage.md [--only NAME ...] [--seconds 120] [--jobs 1]
 
 With --only, the other rows of a page that is there stay. Each network runs in a process of its own, at half of its
-channels, without rounding. Networks of more parameters than --proof-limit are analysed and planned by shape only.
+channels, without rounding. Networks of more parameters than --proof-limit, or of very many tokens, are analysed and
+planned by shape only.
 """
 
 import argparse
@@ -138,10 +139,10 @@ def _network(name: str, proof_limit: int) -> tuple[Any, Any, bool]:
         import transformers_zoo
 
         return *transformers_zoo.build(own), False
-    from torchvision_zoo import build, build_by_shape
+    from torchvision_zoo import LONG, build, build_by_shape
 
     model, example = build_by_shape(own)
-    if sum(p.numel() for p in model.parameters()) > proof_limit:
+    if own in LONG or sum(p.numel() for p in model.parameters()) > proof_limit:
         return model, example, True
     return *build(own), False
 

@@ -80,6 +80,10 @@ TASKS = (
 )
 
 
+LONG = ("mvit_v1_b", "mvit_v2_s")
+"""Networks whose every run in double precision takes minutes: 25,089 tokens for each clip, whatever the example."""
+
+
 def networks() -> list[str]:
     """The names of all networks, task by task."""
     return [name for task in TASKS for name in _names(task)]
