@@ -126,6 +126,7 @@ def _replaced(value: Any, sizes: Mapping[int, int]) -> Any:
 
 FITS = float("inf")
 _TRIES = 60
+"""Runs of the class that a search may take."""
 
 
 def fewest(
@@ -145,9 +146,9 @@ def fewest(
 
     def once(repairs: tuple[Repair, ...]) -> float:
         key = frozenset((repair.module, repair.attribute) for repair in repairs)
-        if key not in known:
+        if key not in known and len(known) < _TRIES:
             known[key] = far(repairs)
-        return known[key]
+        return known.get(key, 0.0)
 
     if once(()) == FITS:
         yield ()
@@ -169,7 +170,7 @@ def _searched(
     far: Callable[[tuple[Repair, ...]], float],
 ) -> tuple[Repair, ...] | None:
     """Leaves out, or takes in, what gets the class further: by name, by class, by place, one by one."""
-    best, tries, improved = far(chosen), 0, True
+    best, improved = far(chosen), True
     while improved and best < FITS:
         improved = False
         for group in _groups(model, repairs):
@@ -177,8 +178,7 @@ def _searched(
             other = tuple(
                 r for r in repairs if (r in chosen and not (whole and r in group)) or (r in group and not whole)
             )
-            tries += 1
-            reached = far(other) if tries <= _TRIES else 0.0
+            reached = far(other)
             if reached > best:
                 chosen, best, improved = other, reached, True
                 if best == FITS:

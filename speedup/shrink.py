@@ -253,14 +253,14 @@ def difference(module: nn.Module, graph: ShrunkGraph, captured: Captured) -> str
         for batch in captured.batches:
             args, kwargs = with_batch((captured.args, captured.kwargs), batch)
             args, kwargs = pytree.tree_map(lambda leaf: varied(leaf, generator), (args, kwargs))
-            try:
-                expected = pytree.tree_leaves(graph(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
-            except Exception as error:  # noqa: BLE001  # the proof will name the node
-                return f"the rewritten graph fails: {first_line(error)}"
-            try:
-                found = pytree.tree_leaves(module(*args, **kwargs))
+            try:  # first the class, which fails early if it does
+                found = pytree.tree_leaves(module(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
             except Exception as error:  # noqa: BLE001  # whatever the user's code raises
                 return f"{_last_line_of(error)}: {first_line(error)}"
+            try:
+                expected = pytree.tree_leaves(graph(*args, **kwargs))
+            except Exception as error:  # noqa: BLE001  # the proof will name the node
+                return f"the rewritten graph fails: {first_line(error)}"
             if len(found) != len(expected) or not all(map(_same, expected, found)):
                 return "its Python code computes something else than the rewritten graph"
     return None
