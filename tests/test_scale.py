@@ -7,6 +7,7 @@ import re
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -434,7 +435,8 @@ def test_transformers_builds_what_the_config_says(kind: str, tmp_path: Path, mon
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from torchvision_zoo import import_torchvision
 
-    import_torchvision()
+    with suppress(ImportError):  # transformers asks for it only where it is installed
+        import_torchvision()
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model(
         kind,
