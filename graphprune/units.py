@@ -108,13 +108,17 @@ class _Joined:
 
 
 def _cross(units: _Forest, family: Sequence[Block]) -> bool:
-    """Whether neither the units nor the rows of a family are parts of the other, so that united they are fewer."""
+    """Whether neither the units nor the rows of a family are parts of the other, so that united they are fewer.
+
+    Rows whose slabs go together already (the features of a head) are one row.
+    """
     rows, united = _rows(family, lambda classes: classes), _rows(family, units.of)
     before, alone, after = (
         min(len(np.unique(part(block.members))) for block in family)
         for part in (units.of, rows.of, lambda classes: united.of(units.of(classes)))
     )
-    return after < min(before, alone)
+    counting = min(len(np.unique(units.of(block.slabs))) for block in family if block.slabs is not None)
+    return after < min(before, alone, counting)
 
 
 def _rows(family: Sequence[Block], labelled: Callable[[Index], Index]) -> _Joined:

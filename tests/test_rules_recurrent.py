@@ -111,6 +111,7 @@ LAYERS = (
     Case("last_states_flat", last(lambda: nn.LSTM(5, 8, batch_first=True, bidirectional=True), 16, lambda h: h.transpose(0, 1).flatten(1)), STEPS, (f"16: {both(0)} o.weight/1",)),
     Case("last_states_that_take_turns", last(lambda: nn.GRU(5, 8, batch_first=True, bidirectional=True), 16, lambda h: h.permute(1, 2, 0).flatten(1)), STEPS, (f"16: {both(0)} o.weight/1",)),
     Case("last_states_added", last(lambda: nn.GRU(5, 8, batch_first=True, bidirectional=True), 8, lambda h: h.sum(0)), STEPS, (f"8: {both(0)} o.weight/1",)),
+    Case("heads_of_added_states", lambda: Net(lambda n, x: n.o((n.r(x)[1].sum(0).unflatten(-1, (2, 4)) * n.s).flatten(-2)), s=weight(2, 1), r=nn.GRU(5, 8, batch_first=True, bidirectional=True), o=nn.Linear(8, 2)), STEPS, (f"2: s/0 {both(0)} o.weight/1",)),
     Case(
         "directions_added",
         lambda: Net(lambda n, x: n.o(n.r(x)[0].unflatten(-1, (2, 8)).sum(-2)), r=nn.LSTM(5, 8, batch_first=True, bidirectional=True), o=nn.Linear(8, 2)),
