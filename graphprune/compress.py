@@ -19,6 +19,7 @@ from graphprune.groups import ChannelGroup, Member
 from graphprune.kinds import MEANINGS
 from graphprune.report import Report, build_report
 from graphprune.select import Selection, select
+from graphprune.targets import Target
 from speedup.analysis import Analysis, analyse
 from speedup.capture import Captured, attribute, capture
 from speedup.errors import MisfitError
@@ -148,11 +149,9 @@ def planned(
         select,
         dependencies,
         scores,
-        request.sparsity,
-        scope=request.scope,
+        _target(analysis, request, unfit),
         round_to=block,
         min_channels=request.min_channels,
-        spared=_spared(analysis, request, unfit),
     )
     _check_something_goes(dependencies, selection, request)
     return dependencies, selection, stage("plan", make_plan, analysis, selection.live), block
@@ -199,8 +198,9 @@ def _numbers(tensor: Tensor, finite: bool) -> bool:
 _UNFIT = "code does not fit a smaller"
 
 
-def _spared(analysis: Analysis, request: Request, unfit: Mapping[str, str]) -> Callable[[ChannelGroup], str | None]:
-    """Returns the function that says why a group is left alone: by the kind of its channels, or by module."""
+def _target(analysis: Analysis, request: Request, unfit: Mapping[str, str]) -> Callable[[ChannelGroup], Target | str]:
+    """Returns the function that says what is asked of a group, or why it is left alone: by kind, or by module."""
+    wanted_share = Target(request.sparsity, ranking="all" if request.scope == "global" else None)
     model = analysis.captured.model
     modules_by_name = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     excluded, wanted = (_matching(modules_by_name, patterns) for patterns in (request.exclude, request.only))
@@ -216,7 +216,7 @@ def _spared(analysis: Analysis, request: Request, unfit: Mapping[str, str]) -> C
         callers = {path for node in calls for path, _ in list(node.meta.get("nn_module_stack", {}).values())[-1:]}
         return sharing & callers or sharing
 
-    def spared(group: ChannelGroup) -> str | None:
+    def target(group: ChannelGroup) -> Target | str:
         if group.kind not in request.kinds:
             return f"{MEANINGS[group.kind]} should stay"
         producers = set().union(*(modules(group, member) for member in group.members if member.role == "out"))
@@ -227,9 +227,9 @@ def _spared(analysis: Analysis, request: Request, unfit: Mapping[str, str]) -> C
                 return f"{_UNFIT} {path}: {why}"
         if request.only and not producers & wanted:
             return "not among the modules asked for"
-        return None
+        return wanted_share
 
-    return spared
+    return target
 
 
 def _matching(modules: Mapping[str, nn.Module], patterns: tuple[str, ...]) -> set[str]:

@@ -1,9 +1,8 @@
 """Scores, a target and constraints in; the channels that stay out."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import numpy as np
 
@@ -11,9 +10,8 @@ from graphprune.criteria import Scores
 from graphprune.dependency import DependencyGraph
 from graphprune.groups import ChannelGroup
 from graphprune.rectangular import best_rectangular
+from graphprune.targets import Target, units_to_keep
 from speedup.labels import Mask
-
-Scope = Literal["local", "global"]
 
 
 @dataclass(frozen=True)
@@ -44,44 +42,44 @@ class Selection:
 def select(
     dependencies: DependencyGraph,
     scores: Scores,
-    sparsity: float,
+    target: float | Callable[[ChannelGroup], Target | str],
     *,
-    scope: Scope = "local",
     round_to: int = 1,
     min_channels: int = 1,
-    spared: Callable[[ChannelGroup], str | None] = lambda group: None,
 ) -> Selection:
-    """Returns the channels that stay when the share ``sparsity`` of the units of every prunable group goes.
+    """Returns the channels that stay when of every prunable group goes what is asked.
 
     Args:
         dependencies: The channel groups.
         scores: A score for each class; nan means that the criterion has nothing to say of it.
-        sparsity: Share that goes, in [0, 1).
-        scope: ``local`` takes that share from each group, ``global`` from all of them by one ranking.
+        target: The share of each group that goes, in [0, 1); or for each group what is asked of it, or why it is left
+            alone.
         round_to: What is kept of an axis is rounded down to a multiple of this, or up where that would take away more
             than twice what was asked; never below one multiple of it.
         min_channels: Channels that every axis keeps at least; rounded up to a multiple.
-        spared: For each group a reason to leave it alone, or None.
     """
+    asked_of = target if callable(target) else lambda group: Target(target)
     live = np.ones(dependencies.analysis.classes.count, dtype=np.bool_)
-    reasons: dict[int, str | None] = {}
+    targets: dict[int, Target] = {}
+    reasons: dict[int, str] = {}
     unit_scores: dict[int, Scores] = {}
     for group in dependencies.groups:
-        reason = group.pin or spared(group)
+        wish = group.pin or asked_of(group)
         totals = np.bincount(group.unit_of, weights=scores[group.classes], minlength=group.units)
-        if reason is None and np.isnan(totals[~group.locked]).any():
-            reason = "the criterion has no score for it"
-        reasons[group.index] = reason
+        if not isinstance(wish, str) and np.isnan(totals[~group.locked]).any():
+            wish = "the criterion has no score for it"
+        if isinstance(wish, str):
+            reasons[group.index] = wish
+        else:
+            targets[group.index] = wish
         unit_scores[group.index] = np.where(np.isnan(totals), 0.0, totals)
-    free = [group for group in dependencies.groups if reasons[group.index] is None]
-    targets = _targets(free, unit_scores, sparsity, scope)
+    keeps = units_to_keep([group for group in dependencies.groups if group.index in targets], targets, unit_scores)
     choices = []
     for group in dependencies.groups:
-        reason = reasons[group.index]
-        if reason is not None:
-            choices.append(Choice(group, group.units, group.units, reason))
+        if group.index in reasons:
+            choices.append(Choice(group, group.units, group.units, reasons[group.index]))
             continue
-        asked = targets[group.index]
+        asked = keeps[group.index]
         wanted, note = _rounded(group, asked, round_to, min_channels)
         keep = _best(group, unit_scores[group.index], asked, wanted, round_to, min_channels)
         live[group.classes[~keep[group.unit_of]]] = False
@@ -90,28 +88,6 @@ def select(
             note = f"kept {kept}, not {wanted}: as its blocks, splits and shuffles allow"
         choices.append(Choice(group, asked, kept, note))
     return Selection(dependencies.analysis.classes.with_slabs(live), tuple(choices))
-
-
-def _targets(
-    groups: Sequence[ChannelGroup], scores: Mapping[int, Scores], sparsity: float, scope: Scope
-) -> dict[int, int]:
-    """Units to keep of each group."""
-    if scope == "local":
-        return {group.index: group.units - _removed(group.size, sparsity) for group in groups}
-    if not groups:
-        return {}
-    free = {group.index: np.flatnonzero(~group.locked) for group in groups}
-    values = [scores[group.index][free[group.index]] for group in groups]
-    relative = [value / mean if (mean := value.mean()) > 0 else value for value in values]
-    owners = np.concatenate([np.full(len(value), group.index) for value, group in zip(relative, groups, strict=True)])
-    ranking = np.argsort(np.concatenate(relative), kind="stable")
-    gone = np.bincount(owners[ranking[: _removed(len(ranking), sparsity)]], minlength=max(free, default=0) + 1)
-    return {group.index: max(1, group.units - int(gone[group.index])) for group in groups}
-
-
-def _removed(units: int, sparsity: float) -> int:
-    """How many of ``units`` go: at least the share asked for, but never all."""
-    return min(units - 1, int(np.ceil(units * sparsity - 1e-9)))
 
 
 def _rounded(group: ChannelGroup, asked: int, round_to: int, min_channels: int) -> tuple[int, str | None]:

@@ -16,8 +16,8 @@ import graphprune
 from graphprune import DependencyGraph
 from graphprune.criteria import CRITERIA, Scores
 from graphprune.errors import ConfigError, ModelError
-from graphprune.groups import ChannelGroup
 from graphprune.select import Selection, select
+from graphprune.targets import Target
 from speedup.cut import shrink_graph
 from speedup.labels import support
 from speedup.planning import make_plan
@@ -36,8 +36,11 @@ def three_layers() -> nn.Sequential:
     return nn.Sequential(conv(3, 10), conv(10, 8), conv(8, 2))
 
 
-def chosen(dependencies: DependencyGraph, scores: Scores, sparsity: float, **options: Any) -> Selection:
-    return select(dependencies, scores, sparsity, **options)
+def chosen(
+    dependencies: DependencyGraph, scores: Scores, sparsity: float, scope: str = "local", **options: Any
+) -> Selection:
+    target = Target(sparsity, ranking="all" if scope == "global" else None)
+    return select(dependencies, scores, lambda group: target, **options)
 
 
 def axis(dependencies: DependencyGraph, name: str, dim: int) -> np.ndarray:
@@ -198,17 +201,13 @@ def test_a_criterion_without_an_opinion_leaves_a_group_alone() -> None:
     assert notes["2.weight"] == "the criterion has no score for it"
 
 
-def test_spared_groups_stay_with_their_reason() -> None:
-    def spared(group: ChannelGroup) -> str | None:
-        return "because" if group.name == "0.weight" else None
-
+@pytest.mark.parametrize("ranking", [None, "all"])
+def test_groups_of_which_nothing_is_asked_stay_with_their_reason(ranking: str | None) -> None:
     d = graphprune.trace(three_layers(), image())
-    for scope in ("local", "global"):
-        selection = chosen(d, scored(d, _0=TEN, _1=EIGHT), 0.5, spared=spared, scope=scope)
-        assert counts(selection) == {"0.weight": (10, 10), "1.weight": (4, 4)}
-        assert (
-            next(c.note for c in selection.choices if c.group.name == "0.weight" and c.group.pin is None) == "because"
-        )
+    target = Target(0.5, ranking=ranking)
+    selection = select(d, scored(d, _0=TEN, _1=EIGHT), lambda group: "because" if group.name == "0.weight" else target)
+    assert counts(selection) == {"0.weight": (10, 10), "1.weight": (4, 4)}
+    assert next(c.note for c in selection.choices if c.group.name == "0.weight" and c.group.pin is None) == "because"
 
 
 def test_pinned_groups_stay_with_their_reason() -> None:
