@@ -15,6 +15,7 @@ import onnxruntime
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_stream import saved
 from typer.testing import CliRunner, Result
 
 import graphprune
@@ -259,6 +260,24 @@ def test_a_failed_proof_is_no_mistake_of_the_user(place: Path, monkeypatch: pyte
     monkeypatch.setattr("graphprune.deliver.compress", fail)
     result = run("compress", "net.py")
     assert result.exit_code == 1 and complaint(result) == "relu: differs."
+
+
+@pytest.mark.usefixtures("quiet_and_quick")
+def test_compress_from_checkpoint_to_checkpoint(llama: Any, tmp_path: Path) -> None:
+    model, dense, out = llama.__file__, tmp_path / "dense", tmp_path / "small"
+    saved(llama.build_model(), dense)
+    common = ("compress", model, "--checkpoint", dense, "--out", out, "--round-to", 1)
+    result = run(*common)
+    assert result.exit_code == 0 and "Proven: all" in result.stdout
+    assert graphprune.load(out, llama.build_model()).model.layers[0].self_attn.num_heads == 4
+    result = run(*common, "--force", "--no-proof")
+    assert result.exit_code == 0 and "Not proven" in result.stdout
+    result = run("verify", out)
+    assert result.exit_code == 2 and "shrunk checkpoint" in result.stderr
+    for wrong in ((*common, "--opset", 18), ("compress", model, "--no-proof"), common):
+        result = run(*wrong)
+        assert result.exit_code == 2
+        assert complaint(result).endswith(("Leave it out.", "another --out."))
 
 
 def test_verify(compressed: tuple[Path, Result], tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ from test_rules import trace
 
 from speedup.rules import RULES
 
-TOPICS = ("movement", "pointwise", "contraction", "norm", "recurrent", "space", "meeting", "heads", "places", "blocks")
+TOPICS = (
+    "movement", "cuts", "joins", "pointwise", "contraction", "norm", "recurrent", "space", "meeting", "heads", "places", "blocks",
+)  # fmt: skip
 
 UNTRIED: Mapping[str, str] = {
     "aten.view.default": "capture turns it into a reshape",
