@@ -1,13 +1,13 @@
 """The proof: it passes the right plan at any numbers, and catches what the plan does not say."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_rules import Net, conv, image, one_thread, tokens, weight
+from test_rules import Net, conv, image, tokens, weight
 from test_rules_contraction import Attention
 from torch import Tensor, nn
 
@@ -24,11 +24,7 @@ from speedup.plan import ShrinkPlan
 from speedup.planning import make_plan
 from speedup.proof import Proof, prove
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("quiet_and_quick")
 
 
 def convolutional() -> Net:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_rules import Net, conv, image, one_thread
+from test_rules import Net, conv, image
 from test_verify import NETS, caught, convolutional, plan_of, planned, proven
 from torch import Tensor, nn
 
@@ -26,11 +26,7 @@ from speedup.proof import verify
 
 MODELS = Path(__file__).parent.parent / "models"
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("quiet_and_quick")
 
 
 # Falsified plans.

@@ -1,13 +1,13 @@
 """False rules are caught: an entry of the tables is falsified for analysis and proof alike, and the plan does not pass."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_rules import Net, conv, image, one_thread, tokens, weight
+from test_rules import Net, conv, image, tokens, weight
 from test_rules_contraction import Attention
 from test_verify import caught
 from torch import Tensor, nn
@@ -30,11 +30,7 @@ from speedup.rules.indexing import split as split_rule
 
 aten = torch.ops.aten
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("quiet_and_quick")
 
 
 def unary(which: int) -> Callable[[Flow, Call], Labels]:
