@@ -60,7 +60,7 @@ def _planned(model: Any, example: Any) -> dict[str, Any]:
     from speedup.planning import make_plan
 
     dependencies = trace(model, example)
-    selection = select(dependencies, CRITERIA["random"](dependencies.analysis, 0), 0.5)
+    selection = select(dependencies, CRITERIA["random"](dependencies.analysis), 0.5)
     plan = make_plan(dependencies.analysis, selection.live)
     dense = {n: p.shape for n, p in model.named_parameters()}
     kept = sum(plan.cut(n, torch.empty(shape, device="meta")).numel() for n, shape in dense.items())

@@ -55,7 +55,7 @@ def plan_without_weights(layers: int) -> dict[str, Any]:
     marks.append(time.process_time())
     dependencies = find_dependencies(analysis)
     marks.append(time.process_time())
-    selection = select(dependencies, CRITERIA["random"](analysis, 0), 0.5)
+    selection = select(dependencies, CRITERIA["random"](analysis), 0.5)
     marks.append(time.process_time())
     plan = make_plan(analysis, selection.live)
     marks.append(time.process_time())

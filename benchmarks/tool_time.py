@@ -46,7 +46,7 @@ def graphprune_once(model: Any, example: Any) -> dict[str, float]:
     analysis = analyse(captured)
     dependencies = find_dependencies(analysis)
     marks.append(time.perf_counter())
-    selection = select(dependencies, CRITERIA["l1"](analysis, 0), 0.5)
+    selection = select(dependencies, CRITERIA["l1"](analysis), 0.5)
     plan = make_plan(analysis, selection.live)
     marks.append(time.perf_counter())
     shrink_graph(captured, plan)
@@ -118,7 +118,7 @@ def profile(name: str) -> None:
 
         analysis = analyse(captured)
         dependencies = find_dependencies(analysis)
-        make_plan(analysis, select(dependencies, CRITERIA["l1"](analysis, 0), 0.5).live)
+        make_plan(analysis, select(dependencies, CRITERIA["l1"](analysis), 0.5).live)
 
     rest()
     profiler = cProfile.Profile()

@@ -103,6 +103,9 @@ def compress_command(
     *,
     sparsity: Annotated[float, typer.Option(help="Share of the channels of every group that goes, in [0, 1).")] = 0.5,
     criterion: Annotated[str, typer.Option(help=f"What scores a channel: {', '.join(CRITERIA)}.")] = "l1",
+    batches: Annotated[
+        int, typer.Option(help="Batches at most that a criterion looks at which needs calibrate(model) of MODEL.")
+    ] = 20,
     scope: Annotated[
         str, typer.Option(help="local: the share of each group; global: of all by one ranking.")
     ] = "local",
@@ -153,6 +156,7 @@ def compress_command(
     request = Request.of(
         sparsity=sparsity,
         criterion=criterion,
+        batches=batches,
         scope=scope,
         exclude=tuple(exclude or ()),
         only=tuple(only or ()),

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from graphprune.config import Request, closest
 from graphprune.criteria import CRITERIA, Scores
 from graphprune.dependency import DependencyGraph, find_dependencies
 from graphprune.errors import ConfigError, ModelError
+from graphprune.evidence import Evidence, gather
 from graphprune.groups import ChannelGroup, Member
 from graphprune.kinds import MEANINGS
 from graphprune.report import Report, build_report
@@ -31,6 +33,7 @@ from speedup.shrink import Shrunk, shrink
 
 T = TypeVar("T")
 Progress = Callable[[str], None]
+Calibrate = Callable[[nn.Module], object]
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ def compress(
     example_inputs: ExampleInputs,
     sparsity: float = 0.5,
     *,
+    calibrate: Calibrate | None = None,
     progress: Progress = lambda name: None,
     **options: Any,
 ) -> Result:
@@ -86,9 +90,11 @@ def compress(
         model: Any module that ``torch.export`` can capture.
         example_inputs: A tensor, a tuple of positional inputs or a mapping of keyword inputs.
         sparsity: Share of the channels of every prunable group that goes, in [0, 1).
+        calibrate: Runs the model that it is given on some batches, for criteria that look at activations; with the loss
+            backwards for those that look at gradients. What it changes of the model is put back.
         progress: Called with the name of each stage as it begins.
-        **options: The other fields of :class:`~graphprune.config.Request`: criterion, scope, exclude, only, heads,
-            head_dims, ffn, width, round_to, min_channels, seed, strict.
+        **options: The other fields of :class:`~graphprune.config.Request`: criterion, batches, scope, exclude, only,
+            heads, head_dims, ffn, width, round_to, min_channels, seed, strict.
 
     Raises:
         ConfigError: An option makes no sense for this model.
@@ -102,7 +108,7 @@ def compress(
     captured = stage("capture", capture, model, example_inputs)
     unfit: dict[str, str] = {}
     while True:
-        dependencies, selection, plan, block = planned(captured, request, stage, unfit)
+        dependencies, selection, plan, block = planned(captured, request, stage, unfit, calibrate)
         try:
             shrunk = stage("shrink", shrink, captured, plan)
             break
@@ -126,7 +132,11 @@ def compress(
 
 
 def planned(
-    captured: Captured, request: Request, stage: Stages, unfit: Mapping[str, str] = MappingProxyType({})
+    captured: Captured,
+    request: Request,
+    stage: Stages,
+    unfit: Mapping[str, str] = MappingProxyType({}),
+    calibrate: Calibrate | None = None,
 ) -> tuple[DependencyGraph, Selection, ShrinkPlan, int]:
     """Returns what goes together, what was chosen, the plan of that, and what was rounded to.
 
@@ -135,6 +145,7 @@ def planned(
         request: What is asked.
         stage: Runs the stages.
         unfit: Modules that are left alone because code does not fit smaller ones, and why.
+        calibrate: Runs the model on some batches.
 
     Raises:
         ConfigError: An option makes no sense for this model.
@@ -142,7 +153,7 @@ def planned(
     """
     analysis = stage("analyse", analyse, captured)
     dependencies = stage("group", find_dependencies, analysis, whole_heads=not request.head_dims)
-    scores = stage("score", _scores, analysis, request)
+    scores = stage("score", _scores, analysis, request, calibrate)
     block = stage("probe", _preferred_block) if request.round_to == "auto" else request.round_to
     selection = stage(
         "select",
@@ -168,10 +179,20 @@ def _preferred_block() -> int:
     return preferred_block()
 
 
-def _scores(analysis: Analysis, request: Request) -> Scores:
+def _scores(analysis: Analysis, request: Request, calibrate: Calibrate | None) -> Scores:
     """The scores of all classes, after a check that there are numbers to make them of."""
     _check(analysis, request)
-    return CRITERIA[request.criterion](analysis, request.seed)
+    criterion = CRITERIA[request.criterion]
+    if criterion.need == "weights":
+        return criterion(analysis, Evidence(request.seed))
+    if calibrate is None:
+        raise ConfigError(
+            f"criterion {request.criterion!r}: looks at {criterion.need}. Give calibrate(model), which runs the model "
+            "on some batches, and for gradients its loss backwards."
+        )
+    run = partial(calibrate, analysis.captured.model)
+    evidence = gather(analysis, criterion.need, run, batches=request.batches, seed=request.seed)
+    return criterion(analysis, evidence)
 
 
 def _check(analysis: Analysis, request: Request) -> None:
@@ -200,7 +221,8 @@ _UNFIT = "code does not fit a smaller"
 
 def _target(analysis: Analysis, request: Request, unfit: Mapping[str, str]) -> Callable[[ChannelGroup], Target | str]:
     """Returns the function that says what is asked of a group, or why it is left alone: by kind, or by module."""
-    wanted_share = Target(request.sparsity, ranking="all" if request.scope == "global" else None)
+    ranking = "all" if request.scope == "global" else None
+    wanted_share = Target(request.sparsity, ranking=ranking, relative=not CRITERIA[request.criterion].absolute)
     model = analysis.captured.model
     modules_by_name = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     excluded, wanted = (_matching(modules_by_name, patterns) for patterns in (request.exclude, request.only))

@@ -16,7 +16,8 @@ class Request(BaseModel):
 
     Attributes:
         sparsity: Share of the channels of every prunable group that goes, in [0, 1).
-        criterion: What scores a channel: l1, l2, fpgm, bn_scale or random.
+        criterion: What scores a channel: l1, l2, fpgm, bn_scale, apoz, mean_activation, taylor or random.
+        batches: Batches at most that a criterion looks at which needs activations or gradients.
         scope: ``local`` takes the share from each group, ``global`` from all of them by one ranking.
         exclude: Modules whose output channels stay, by name or glob.
         only: If given, the only modules whose output channels may go, by name or glob.
@@ -36,6 +37,7 @@ class Request(BaseModel):
 
     sparsity: float = 0.5
     criterion: str = "l1"
+    batches: int = 20
     scope: Literal["local", "global"] = "local"
     exclude: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
@@ -69,7 +71,7 @@ class Request(BaseModel):
             raise ValueError("is no number. Use one such as 8, or auto")
         return value
 
-    @field_validator("round_to", "min_channels")
+    @field_validator("round_to", "min_channels", "batches")
     @classmethod
     def _counts_are_positive(cls, value: Any) -> Any:
         if isinstance(value, int) and value < 1:

@@ -1,10 +1,12 @@
 """Criteria: a score for every channel; the lowest go first.
 
-A criterion looks at the slices of all parameters that carry a channel, summed over everything that is coupled. All
-of them are vectorised over the channels of the whole model: they return one number for each label class.
+A criterion looks at the slices of all parameters that carry a channel, summed over everything that is coupled, or at
+what evidence says of its activations and gradients. All of them are vectorised over the channels of the whole model:
+they return one number for each label class.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -13,14 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from graphprune.evidence import NOTHING, Evidence, Need
 from speedup.analysis import Analysis
 from speedup.capture import attribute
 from speedup.labels import Index, Plane, support
 from speedup.rules.call import raw_argument
 
 Scores = NDArray[np.float64]
-CriterionName = Literal["l1", "l2", "fpgm", "bn_scale", "random"]
-Criterion = Callable[[Analysis, int], Scores]
+CriterionName = Literal["l1", "l2", "fpgm", "bn_scale", "apoz", "mean_activation", "taylor", "random"]
 
 _PART = 1 << 24
 """Elements that are worked on at once."""
@@ -35,35 +37,69 @@ _NORMS = (
 )
 
 
-def l1(analysis: Analysis, seed: int) -> Scores:
-    """Sum |W_c| over every coupled slice (Li et al., Pruning Filters for Efficient ConvNets, 2017)."""
-    return _summed(analysis, partial(_in_parts, Tensor.abs))
+@dataclass(frozen=True)
+class Criterion:
+    """What scores a channel.
+
+    Attributes:
+        score: Gives a score for each class from the model and what else is known of it, shape (classes,); nan where it
+            has nothing to say. With ``produced`` only the slices count whose operators produce the channels, as in the
+            manuals of NNI, instead of all that are coupled.
+        need: What it has to know beside the weights.
+        absolute: Whether scores of different groups mean the same, so that a ranking of several compares them as they
+            are.
+    """
+
+    score: Callable[[Analysis, Evidence, bool], Scores]
+    need: Need = "weights"
+    absolute: bool = False
+
+    def __call__(self, analysis: Analysis, evidence: Evidence = NOTHING, *, produced: bool = False) -> Scores:
+        """The score of each class."""
+        return self.score(analysis, evidence, produced)
 
 
-def l2(analysis: Analysis, seed: int) -> Scores:
-    """sqrt(sum W_c^2) over every coupled slice."""
-    return np.sqrt(_summed(analysis, partial(_in_parts, Tensor.square)))
+def l1(weight: Tensor, dims: list[int]) -> Tensor:
+    """Sum |W_c| (Li et al., Pruning Filters for Efficient ConvNets, 2017)."""
+    return _in_parts(Tensor.abs, weight, dims)
 
 
-def fpgm(analysis: Analysis, seed: int) -> Scores:
+def l2(weight: Tensor, dims: list[int]) -> Tensor:
+    """Sum W_c^2, whose root is the norm."""
+    return _in_parts(Tensor.square, weight, dims)
+
+
+def fpgm(weight: Tensor, dims: list[int]) -> Tensor:
     """sum_j norm2(W_c - W_j): slices close to the geometric median go first (He et al., FPGM, 2019)."""
-
-    def spread(weight: Tensor, dims: list[int]) -> Tensor:
-        weight = _single(weight)
-        kept = [dim for dim in range(weight.dim()) if dim not in dims]  # two: the inputs of each output of a group
-        slices = weight.permute(*kept, *dims).reshape(*(weight.shape[dim] for dim in kept), -1).double()
-        norms = slices.square().sum(-1)
-        both = norms[..., :, None] + norms[..., None, :]
-        squares = both - 2 * slices @ slices.mT
-        return squares.where(squares > 1e-12 * both, 0.0).sqrt().sum(-1)  # what is left of equal slices is rounding
-
-    return _summed(analysis, spread)
+    weight = _single(weight)
+    kept = [dim for dim in range(weight.dim()) if dim not in dims]  # two: the inputs of each output of a group
+    slices = weight.permute(*kept, *dims).reshape(*(weight.shape[dim] for dim in kept), -1).double()
+    norms = slices.square().sum(-1)
+    both = norms[..., :, None] + norms[..., None, :]
+    squares = both - 2 * slices @ slices.mT
+    return squares.where(squares > 1e-12 * both, 0.0).sqrt().sum(-1)  # what is left of equal slices is rounding
 
 
-def bn_scale(analysis: Analysis, seed: int) -> Scores:
+SLICES: Mapping[str, tuple[Callable[[Tensor, list[int]], Tensor], Callable[[Scores], Scores]]] = {
+    "l1": (l1, np.asarray),
+    "l2": (l2, np.sqrt),
+    "fpgm": (fpgm, np.asarray),
+}
+"""Criteria that look at slices of weights: what is summed over the slices of a channel, and what is made of the sum."""
+
+
+def bn_scale(analysis: Analysis, evidence: Evidence, produced: bool) -> Scores:
     """|gamma| of the norms that scale a channel (Liu et al., Network Slimming, 2017); nan where there is none."""
     scores = np.zeros(analysis.classes.count)
     seen = np.zeros(analysis.classes.count, dtype=np.bool_)
+    for _, where, gamma in norm_scales(analysis):
+        np.add.at(scores, where, gamma)
+        seen[where] = True
+    return np.where(seen, scores, np.nan)
+
+
+def norm_scales(analysis: Analysis) -> Iterator[tuple[str, Index, Scores]]:
+    """For each norm its scale by canonical name, the classes that it scales, and |gamma| for each of them."""
     for node in analysis.captured.nodes:
         weight = raw_argument(node, "weight") if node.target in _NORMS else None
         if not isinstance(weight, torch.fx.Node) or weight.op != "get_attr":
@@ -72,18 +108,44 @@ def bn_scale(analysis: Analysis, seed: int) -> Scores:
         gamma = analysis.captured.tensor(name).detach().double().abs().cpu()
         for plane in analysis.parameters[name].planes:
             others = [dim for dim in range(gamma.dim()) if dim not in support(plane)]
-            where = analysis.classes.plane(plane)
-            np.add.at(scores, where, (gamma.sum(others) if others else gamma).numpy())
-            seen[where] = True
-    return np.where(seen, scores, np.nan)
+            yield name, analysis.classes.plane(plane), (gamma.sum(others) if others else gamma).numpy()
 
 
-def random(analysis: Analysis, seed: int) -> Scores:
-    """Uniform numbers from ``seed``: the control that every other criterion should beat."""
-    return np.random.default_rng(seed).random(analysis.classes.count)
+def apoz(analysis: Analysis, evidence: Evidence, produced: bool) -> Scores:
+    """1 - APoZ, the share of activations that are not zero (Hu et al., Network Trimming, 2016)."""
+    assert evidence.active is not None
+    return evidence.active
 
 
-CRITERIA: Mapping[str, Criterion] = {"l1": l1, "l2": l2, "fpgm": fpgm, "bn_scale": bn_scale, "random": random}
+def mean_activation(analysis: Analysis, evidence: Evidence, produced: bool) -> Scores:
+    """The mean activation (Molchanov et al., Pruning CNNs for Resource Efficient Inference, 2017, section 2.2)."""
+    assert evidence.means is not None
+    return evidence.means
+
+
+def taylor(analysis: Analysis, evidence: Evidence, produced: bool) -> Scores:
+    """sum (g * w)^2 over the slices, averaged over batches (Molchanov et al., Importance Estimation, 2019)."""
+    return _summed(analysis, partial(_in_parts, Tensor.abs), produced, evidence.saliency)
+
+
+def random(analysis: Analysis, evidence: Evidence, produced: bool) -> Scores:
+    """Uniform numbers from the seed: the control that every other criterion should beat."""
+    return np.random.default_rng(evidence.seed).random(analysis.classes.count)
+
+
+def _of_slices(name: str) -> Criterion:
+    of_slice, finish = SLICES[name]
+    return Criterion(lambda analysis, evidence, produced: finish(_summed(analysis, of_slice, produced)))
+
+
+CRITERIA: Mapping[str, Criterion] = {
+    **{name: _of_slices(name) for name in SLICES},
+    "bn_scale": Criterion(bn_scale, absolute=True),
+    "apoz": Criterion(apoz, "activations", absolute=True),
+    "mean_activation": Criterion(mean_activation, "activations"),
+    "taylor": Criterion(taylor, "gradients", absolute=True),
+    "random": Criterion(random),
+}
 
 
 def _in_parts(of: Callable[[Tensor], Tensor], weight: Tensor, dims: list[int]) -> Tensor:
@@ -99,22 +161,41 @@ def _single(weight: Tensor) -> Tensor:
     return weight.float() if weight.dtype.itemsize < 4 else weight
 
 
-def _weights(analysis: Analysis) -> Iterator[tuple[Tensor, Plane]]:
+def _weights(analysis: Analysis, produced: bool) -> Iterator[tuple[str, Tensor, Plane]]:
     """Every learned weight of two dimensions or more with each of its planes that is not fixed, one after the other."""
     pinned: Index = analysis.classes.pin_of
     for name, labels in analysis.parameters.items():
         held = attribute(analysis.captured.graph_module, name)
-        planes = [plane for plane in labels.planes if (pinned[analysis.classes.plane(plane)] < 0).any()]
+        planes = [
+            plane
+            for plane in labels.planes
+            if (pinned[classes := analysis.classes.plane(plane)] < 0).any()
+            and (not produced or analysis.produces(name, classes))
+        ]
         if isinstance(held, nn.Parameter) and held.dim() > 1 and planes:
             weight = analysis.captured.tensor(name).detach()
             for plane in planes:
-                yield weight, plane
+                yield name, weight, plane
 
 
-def _summed(analysis: Analysis, score: Callable[[Tensor, list[int]], Tensor]) -> Scores:
-    """Adds up for each class what ``score`` says of a weight after reducing the dimensions it is given."""
+def _summed(
+    analysis: Analysis,
+    score: Callable[[Tensor, list[int]], Tensor],
+    produced: bool,
+    instead: Mapping[str, Tensor] | None = None,
+) -> Scores:
+    """Adds up for each class what ``score`` says of a weight after reducing the dimensions it is given.
+
+    Args:
+        analysis: The model.
+        score: The score of each slice of one weight.
+        produced: Whether only slices count whose operators produce the channels.
+        instead: Tensors that stand for the weights; a weight that has none counts for nothing.
+    """
     scores = np.zeros(analysis.classes.count)
-    for weight, plane in _weights(analysis):
+    for name, weight, plane in _weights(analysis, produced):
         others = [dim for dim in range(weight.dim()) if dim not in support(plane)]
-        np.add.at(scores, analysis.classes.plane(plane), score(weight, others).double().cpu().numpy())
+        seen = weight if instead is None else instead.get(name)
+        if seen is not None:
+            np.add.at(scores, analysis.classes.plane(plane), score(seen, others).double().cpu().numpy())
     return scores

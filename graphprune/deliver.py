@@ -70,7 +70,13 @@ def deliver(
     stage = Stages(progress)
     with replacing(folder, force=force) as draft:
         before = stage("evaluate", source.evaluate, source.model) if source.evaluate else None
-        result = compress(source.model, source.example_inputs, progress=progress, **request.model_dump())
+        result = compress(
+            source.model,
+            source.example_inputs,
+            calibrate=source.calibrate,
+            progress=progress,
+            **request.model_dump(),
+        )
         stage.seconds |= result.report["seconds"]
         exported = stage("export", _export, source, result, draft, opset)
         latency = stage("measure", _latency, exported, draft, threads, limits) if limits else None

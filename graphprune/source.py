@@ -42,6 +42,7 @@ class Source:
         model: A fresh instance, weights loaded.
         example_inputs: A tensor, a tuple of positional inputs or a mapping of keyword inputs.
         evaluate: Says how good a model is, in the unit of its author; None if there is no such function.
+        calibrate: Runs a model on some batches, with its loss backwards; None if there is no such function.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Source:
     model: nn.Module
     example_inputs: ExampleInputs
     evaluate: Evaluate | None
+    calibrate: Callable[[nn.Module], object] | None = None
 
 
 def load_source(
@@ -81,13 +83,14 @@ def load_source(
         model = model.to(device)
         example = _drawn(inputs, model) if inputs else _offered(module, text)
     example = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), example)
-    evaluate = getattr(module, "evaluate", None)
+    evaluate, calibrate = (getattr(module, name, None) for name in ("evaluate", "calibrate"))
     return Source(
         name=name.rpartition(".")[2] or Path(str(module.__file__)).stem,
         text=text,
         model=model,
         example_inputs=example,
         evaluate=_guarded(evaluate, folder, text) if callable(evaluate) else None,
+        calibrate=_blamed(calibrate, folder, text) if callable(calibrate) else None,
     )
 
 
@@ -271,6 +274,16 @@ def _guarded(evaluate: Callable[[nn.Module], Any], folder: Path, text: str) -> E
         return float(value)
 
     return guarded
+
+
+def _blamed(calibrate: Callable[[nn.Module], Any], folder: Path, text: str) -> Callable[[nn.Module], object]:
+    """``calibrate`` with its mistakes named."""
+
+    def blamed(model: nn.Module) -> object:
+        with _importing_from(folder), _blaming(text, "raises in calibrate()"):
+            return calibrate(model)
+
+    return blamed
 
 
 @contextmanager

@@ -58,6 +58,14 @@ def example_inputs() -> Tensor:
     return torch.rand(2, 1, 8, 8)
 
 
+def calibrate(model: nn.Module) -> None:
+    """Runs the loss of every training image forwards and backwards."""
+    images, labels, _, _ = load_split()
+    for batch in torch.arange(len(images)).split(64):
+        model.zero_grad()
+        nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module) -> float:
     """Accuracy in percent on the 360 test images; the model's mode is given back."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from graphprune.criteria import CRITERIA
 from graphprune.dependency import find_dependencies
+from graphprune.evidence import Evidence
 from graphprune.select import select
 from speedup.analysis import Analysis, analyse
 from speedup.capture import capture
@@ -165,7 +166,7 @@ def test_a_plan_that_keeps_all_is_empty() -> None:
 def test_a_plan_says_what_lives(name: str) -> None:
     analysis = analysed(name)
     for seed in range(3):
-        live = select(find_dependencies(analysis), CRITERIA["random"](analysis, seed), 0.5).live
+        live = select(find_dependencies(analysis), CRITERIA["random"](analysis, Evidence(seed)), 0.5).live
         plan = make_plan(analysis, live)
         assert not live.all()
         assert (live_from_keep(analysis, plan) == live).all()
@@ -176,7 +177,7 @@ def test_a_plan_says_what_lives(name: str) -> None:
 @pytest.mark.parametrize("name", NETS)
 def test_a_plan_from_json_shrinks_like_the_one_it_was(name: str) -> None:
     analysis = analysed(name)
-    plan = make_plan(analysis, select(find_dependencies(analysis), CRITERIA["l1"](analysis, 0), 0.5).live)
+    plan = make_plan(analysis, select(find_dependencies(analysis), CRITERIA["l1"](analysis), 0.5).live)
     again = ShrinkPlan.from_json(json.loads(json.dumps(plan.to_json())))
     x = NETS[name][1]()
     first, second = (shrink_graph(analysis.captured, p).eval() for p in (plan, again))
@@ -193,14 +194,14 @@ def test_literals_are_only_those_that_change() -> None:
     torch.manual_seed(0)
     net = Net(lambda n, x: n.o(n.a(x).flatten(1).view(-1, 288).unflatten(1, (8, 6, 6))), a=conv(3, 8), o=conv(8, 2))
     analysis = analyse(capture(net.eval(), image()))
-    live = select(find_dependencies(analysis), CRITERIA["l1"](analysis, 0), 0.5).live
+    live = select(find_dependencies(analysis), CRITERIA["l1"](analysis), 0.5).live
     assert make_plan(analysis, live).literals == {"view": {"shape": [-1, 144]}, "unflatten": {"sizes": [4, 6, 6]}}
 
 
 def test_the_batch_in_a_size_is_scaled() -> None:
     torch.manual_seed(0)
     analysis = analyse(capture(Attention("merged with the batch").eval(), tokens()))
-    live = select(find_dependencies(analysis), CRITERIA["l1"](analysis, 0), 0.5).live
+    live = select(find_dependencies(analysis), CRITERIA["l1"](analysis), 0.5).live
     literals = make_plan(analysis, live).literals
     assert literals["reshape"] == {"shape": [Scaled(2, 6), 5, 4]}
     assert Scaled(1, 1) not in literals["view"]["shape"]

@@ -20,6 +20,7 @@ import graphprune
 from graphprune.criteria import CRITERIA
 from graphprune.dependency import DependencyGraph
 from graphprune.errors import ModelError
+from graphprune.evidence import Evidence
 from graphprune.groups import ChannelGroup, Member
 from graphprune.select import select
 from speedup.capture import capture, source_line
@@ -168,7 +169,7 @@ def check_choices(dependencies: DependencyGraph) -> None:
     """Proves other choices of channels of the same net, too: what falls out by chance must fit as well."""
     analysis = dependencies.analysis
     for seed, sparsity in ((1, 0.5), (2, 0.3)):
-        live = select(dependencies, CRITERIA["random"](analysis, seed), sparsity).live
+        live = select(dependencies, CRITERIA["random"](analysis, Evidence(seed)), sparsity).live
         plan = make_plan(analysis, live)
         prove(analysis, live, plan, shrink_graph(analysis.captured, plan))
 

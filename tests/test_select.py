@@ -16,6 +16,7 @@ import graphprune
 from graphprune import DependencyGraph
 from graphprune.criteria import CRITERIA, Scores
 from graphprune.errors import ConfigError, ModelError
+from graphprune.evidence import Evidence
 from graphprune.select import Selection, select
 from graphprune.targets import Target
 from speedup.cut import shrink_graph
@@ -167,7 +168,7 @@ def test_rounding_says_so() -> None:
 
 def test_the_width_of_a_head_counts_for_rounding() -> None:
     d = graphprune.trace(Attention(), tokens())
-    selection = chosen(d, CRITERIA["l1"](d.analysis, 0), 0.5, round_to=8)
+    selection = chosen(d, CRITERIA["l1"](d.analysis), 0.5, round_to=8)
     group = d.prunable[0]
     assert (group.units, group.width) == (3, 4)
     assert counts(selection) == {"q.weight": (1, 2)}  # two heads of four are a multiple of eight
@@ -179,14 +180,14 @@ def test_min_channels() -> None:
     assert counts(selection) == {"0.weight": (1, 3), "1.weight": (1, 3)}
     assert kept(d, selection, "0.weight") == [2, 4, 6]
     heads = graphprune.trace(Attention(), tokens())
-    selection = chosen(heads, CRITERIA["l1"](heads.analysis, 0), 0.9, min_channels=5)
+    selection = chosen(heads, CRITERIA["l1"](heads.analysis), 0.9, min_channels=5)
     assert counts(selection) == {"q.weight": (1, 2)}  # two heads have eight channels
     assert chosen(d, scored(d), 0.5, min_channels=100).live.all()
 
 
 def test_min_channels_holds_for_blocks_and_multiples() -> None:
     d = graphprune.trace(nn.Sequential(conv(3, 8), conv(8, 8, groups=2), conv(8, 2)), image())
-    selection = chosen(d, CRITERIA["l1"](d.analysis, 0), 0.7, min_channels=6)
+    selection = chosen(d, CRITERIA["l1"](d.analysis), 0.7, min_channels=6)
     assert [k for _, k in counts(selection).values()] == [6, 6]
     d = graphprune.trace(three_layers(), image())
     assert [k for _, k in counts(chosen(d, scored(d), 0.9, min_channels=5, round_to=4)).values()] == [8, 8]
@@ -195,7 +196,7 @@ def test_min_channels_holds_for_blocks_and_multiples() -> None:
 def test_a_criterion_without_an_opinion_leaves_a_group_alone() -> None:
     net = nn.Sequential(conv(3, 10), nn.BatchNorm2d(10), conv(10, 8), conv(8, 2))
     d = graphprune.trace(net, image())
-    selection = chosen(d, CRITERIA["bn_scale"](d.analysis, 0), 0.5)
+    selection = chosen(d, CRITERIA["bn_scale"](d.analysis), 0.5)
     assert counts(selection) == {"0.weight": (5, 5), "2.weight": (8, 8)}
     notes = {c.group.name: c.note for c in selection.choices if c.group.pin is None}
     assert notes["2.weight"] == "the criterion has no score for it"
@@ -254,7 +255,7 @@ def test_whatever_is_selected_is_rectangular_and_can_be_proven(
 ) -> None:
     d = GROUPED
     analysis = d.analysis
-    selection = chosen(d, CRITERIA["random"](analysis, seed), sparsity, round_to=round_to, scope=scope)
+    selection = chosen(d, CRITERIA["random"](analysis, Evidence(seed)), sparsity, round_to=round_to, scope=scope)
     for choice in selection.choices:
         keep = np.ones(choice.group.units, dtype=np.bool_)
         keep[choice.group.unit_of] = selection.live[choice.group.classes]
@@ -361,8 +362,10 @@ def test_the_same_request_gives_the_same_plan(criterion: str, scope: str) -> Non
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight)
+    options: dict[str, Any] = {"criterion": criterion, "scope": scope, "round_to": 1, "seed": 5}
+    x = image()
     plans = [
-        graphprune.compress(net, image(), 0.5, round_to=1, criterion=criterion, scope=scope, seed=5).plan.to_json()
+        graphprune.compress(net, x, 0.5, calibrate=lambda model: model(x).sum().backward(), **options).plan.to_json()
         for _ in range(2)
     ]
     assert plans[0] == plans[1] and plans[0]["keep"]

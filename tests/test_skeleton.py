@@ -56,7 +56,7 @@ class Buffers(nn.Module):
 def plan_of(model: nn.Module, example: Any) -> ShrinkPlan:
     analysis = analyse(capture(model, example))
     dependencies = find_dependencies(analysis)
-    return make_plan(analysis, select(dependencies, CRITERIA["random"](analysis, 0), 0.5).live)
+    return make_plan(analysis, select(dependencies, CRITERIA["random"](analysis), 0.5).live)
 
 
 def test_a_model_without_weights_gets_the_plan_of_one_with_weights(llama: Any) -> None:
@@ -86,7 +86,7 @@ def test_twice_the_layers_are_twice_the_work(llama: Any) -> None:
         try:
             analysis = analyse(captured)
             dependencies = find_dependencies(analysis)
-            make_plan(analysis, select(dependencies, CRITERIA["random"](analysis, 0), 0.5).live)
+            make_plan(analysis, select(dependencies, CRITERIA["random"](analysis), 0.5).live)
         finally:
             sys.setprofile(None)
         return count

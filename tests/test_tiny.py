@@ -1,7 +1,7 @@
 """The whole pipeline on tiny nets, in seconds: what a user asks, what comes back, and what is refused in one line."""
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from test_rules import check_oracle, conv, image
 from torch import Tensor, nn
 
 import graphprune
-from graphprune.criteria import CRITERIA
+from graphprune.criteria import CRITERIA, CriterionName
 from graphprune.errors import ConfigError, GraphpruneError, ModelError
 from speedup.errors import CaptureError, SpeedupError
 from speedup.proof import verify
@@ -133,7 +133,13 @@ def test_it_learns_after_it_was_shrunk() -> None:
         ({"sparsity": 1.0}, r"^sparsity 1.0: is not in \[0, 1\). Use a share such as 0.5\.$"),
         ({"sparsity": -0.1}, r"^sparsity -0.1: is not in \[0, 1\)"),
         ({"sparsity": "much"}, "^sparsity 'much': "),
-        ({"criterion": "l3"}, "^criterion 'l3': is not known. Use one of l1, l2, fpgm, bn_scale, random"),
+        (
+            {"criterion": "l3"},
+            "^criterion 'l3': is not known. Use one of l1, l2, fpgm, bn_scale, apoz, mean_activation, taylor, random",
+        ),
+        ({"criterion": "taylor"}, r"^criterion 'taylor': looks at gradients. Give calibrate\(model\), which runs"),
+        ({"criterion": "apoz", "calibrate": lambda model: None}, "^calibrate: the model was not called while it ran"),
+        ({"batches": 0}, "^batches 0: is below 1"),
         ({"scope": "here"}, "^scope 'here': "),
         ({"round_to": 0}, "^round_to 0: is below 1"),
         ({"min_channels": 0}, "^min_channels 0: is below 1"),
@@ -195,4 +201,4 @@ def test_strict_refuses_an_operator_without_a_rule() -> None:
 
 def test_all_errors_are_of_one_family() -> None:
     assert issubclass(GraphpruneError, SpeedupError) and issubclass(CaptureError, SpeedupError)
-    assert set(CRITERIA) == {"l1", "l2", "fpgm", "bn_scale", "random"}
+    assert set(CRITERIA) == set(get_args(CriterionName))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from graphprune.criteria import CRITERIA
 from graphprune.dependency import find_dependencies
+from graphprune.evidence import Evidence
 from graphprune.select import select
 from speedup.analysis import Analysis, analyse
 from speedup.capture import capture
@@ -101,7 +102,7 @@ def planned(name: str) -> tuple[Analysis, Mask, ShrinkPlan]:
 
 def plan_of(model: nn.Module, example: Any, seed: int = 0) -> tuple[Analysis, Mask, ShrinkPlan]:
     analysis = analyse(capture(model.eval(), example))
-    live = select(find_dependencies(analysis), CRITERIA["random"](analysis, seed), 0.5).live
+    live = select(find_dependencies(analysis), CRITERIA["random"](analysis, Evidence(seed)), 0.5).live
     return analysis, live, make_plan(analysis, live)
 
 
@@ -132,7 +133,7 @@ def test_the_right_plan_is_proven(name: str) -> None:
 
 def test_the_plan_of_another_selection_is_caught() -> None:
     analysis, live, _ = planned("convolutional")
-    other = select(find_dependencies(analysis), CRITERIA["random"](analysis, 5), 0.5).live
+    other = select(find_dependencies(analysis), CRITERIA["random"](analysis, Evidence(5)), 0.5).live
     assert caught(analysis, live, make_plan(analysis, other)) is not None
 
 

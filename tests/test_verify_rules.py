@@ -16,6 +16,7 @@ import speedup.analysis
 import speedup.proof
 from graphprune.criteria import CRITERIA
 from graphprune.dependency import find_dependencies
+from graphprune.evidence import Evidence
 from graphprune.select import select
 from speedup.analysis import analyse
 from speedup.capture import capture
@@ -248,7 +249,7 @@ def test_a_false_rule_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> N
             for module in (speedup.analysis, speedup.proof):
                 patch.setattr(module, "rule_for", lambda target: false.get(target) or rule_for(target))
             analysis = analyse(captured)
-            live = select(find_dependencies(analysis), CRITERIA["random"](analysis, seed), 0.5).live
+            live = select(find_dependencies(analysis), CRITERIA["random"](analysis, Evidence(seed)), 0.5).live
             try:
                 plan = make_plan(analysis, live)
             except PlanError as error:
