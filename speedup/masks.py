@@ -1,7 +1,7 @@
 """Masks made elsewhere -> a shrunk model: what a user of NNI's speedup expects."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from speedup.cut import shrink_graph
 from speedup.errors import PlanError
 from speedup.inputs import ExampleInputs
 from speedup.labels import Index, Mask, support
+from speedup.masking import flat_masks, without_masks
 from speedup.numeric import relative_difference
 from speedup.plan import ShrinkPlan
 from speedup.planning import make_plan
@@ -48,7 +49,8 @@ class ModelSpeedup:
         """Analyses the model.
 
         Args:
-            model: Any module that ``torch.export`` can capture; it is left as it was.
+            model: Any module that ``torch.export`` can capture; it is left as it was. With masks attached it may be,
+                and counts as multiplied by them.
             example_inputs: A tensor, a tuple of positional inputs or a mapping of keyword inputs.
             masks: By qualified name of a parameter a tensor of its shape, zero where it is masked out; or by name of
                 a module a mapping of such tensors by the name of its parameter, as pruners of NNI return them.
@@ -57,8 +59,8 @@ class ModelSpeedup:
             PlanError: A mask names no parameter of the model, or has another shape.
             CaptureError: ``torch.export`` cannot capture the model.
         """
-        self._analysis = analyse(capture(model, example_inputs))
-        self._values = dict(_flat_masks(masks))
+        self._analysis = analyse(capture(without_masks(model), example_inputs))
+        self._values = dict(flat_masks(masks))
         self._masks = {name: self._checked(name, mask) for name, mask in self._values.items()}
         self._live = _rectangular(self._analysis, _produced(self._analysis, self._masks))
         self.reconciled = self._count_reconciled()
@@ -117,16 +119,6 @@ def _output_difference(dense: nn.Module, small: nn.Module, captured: Captured) -
         ]
     pairs = [(one, other) for one, other in zip(*outputs, strict=True) if isinstance(one, Tensor)]
     return max((relative_difference(one.double(), other.double()) for one, other in pairs), default=0.0)
-
-
-def _flat_masks(masks: Mapping[str, Tensor | Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    if not isinstance(masks, Mapping):
-        raise PlanError(f"masks: are of type {type(masks).__name__}. Give tensors by the names of parameters.")
-    for name, mask in masks.items():
-        if isinstance(mask, Mapping):
-            yield from ((f"{name}.{inner}", value) for inner, value in mask.items() if isinstance(value, Tensor))
-        else:
-            yield name, mask
 
 
 def _produced_axes(analysis: Analysis, name: str) -> list[tuple[int, Index]]:

@@ -1,0 +1,374 @@
+"""Masks that act inside a model while it trains; no module is wrapped or replaced, and no parameter renamed.
+
+A module whose parameters are masked gets a class of its own, derived from the one it had and called like it, in which
+the attribute of a masked parameter is ``parameter * mask``. The parameter stays in its place in the module under its
+name, so optimizers, ``named_parameters()`` and the keys of ``state_dict()`` know nothing of masks; the mask is a buffer
+beside it.
+"""
+
+import copy
+import copyreg
+import pickle
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+
+from speedup.errors import PlanError
+
+Masks = Mapping[str, Tensor | Mapping[str, Tensor]]
+"""Tensors by qualified names of parameters, or mappings of them by names of modules."""
+
+_PREFIX = "mask_of_"
+"""Before the name of a parameter: the name of the buffer that holds its mask."""
+
+
+def attach_masks(model: nn.Module, masks: Masks) -> None:
+    """Makes ``model`` compute with ``parameter * mask``, until :func:`detach_masks`.
+
+    Gradients of a parameter are multiplied by its mask too: zero where it is masked out. The :class:`nn.Parameter`
+    objects stay, so an optimizer may be built before or after. What it does to masked elements out of momentum or
+    weight decay changes their hidden values, and nothing that the model computes; it shows when a later mask lets them
+    back.
+
+    Called again, it replaces the masks of the parameters that it names and leaves the others; the values are copied
+    into what is there, so that a compiled model stays as it is and it may be done in every step, between a backward
+    and the next forward.
+
+    ``module.weight`` of a masked module is the product, a new tensor at each access: what is written into it is lost,
+    and it has no ``grad``. The parameter itself is what ``named_parameters()`` gives. Where code of the model reads
+    ``parameters()`` while it runs, it reads them without masks. ``type(module)`` is a class derived from the module's
+    own; ``isinstance`` and its name tell no difference. Weight normalisation divides by the norm of a channel's slice
+    of ``original1``: of a channel that goes whole, mask ``original0``.
+
+    ``state_dict()`` holds every parameter under its name, as the optimizer knows it, and each mask beside it, as
+    ``mask_of_weight`` beside ``weight``. Loaded into a model with masks on the same parameters, it brings the masks; a
+    state without masks can be loaded too, and leaves them as they are. A plain model refuses the state of a masked one
+    for the masks in it: give it :func:`plain_state` of that.
+
+    Args:
+        model: Any module; it is changed in place.
+        masks: By qualified name of a parameter, any of its names, a tensor of its shape, zero where it is masked out;
+            or by name of a module a mapping of such tensors by the name of its parameter. Values other than 0 and 1
+            are multiplied as they are. They are copied, to the type and device of the parameter.
+
+    Raises:
+        PlanError: A mask names no parameter of the model, has another shape or holds nan; two masks of one parameter
+            differ; or a mask would not reach everything that uses the parameter. Nothing is attached then.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    given: dict[int, tuple[str, Tensor]] = {}
+    for name, mask in flat_masks(masks):
+        parameter = _maskable(model, named, name)
+        fitting = _fitting(name, parameter, mask)
+        first, known = given.setdefault(id(parameter), (name, fitting))
+        if known is not fitting and not torch.equal(known, fitting):
+            raise PlanError(f"{name}: is the same parameter as {first}, and their masks differ. Give one mask.")
+    places = [
+        (module, {name: id(held) for name, held in module._parameters.items() if id(held) in given})
+        for module in model.modules()
+    ]
+    fresh = {key for module, own in places for name, key in own.items() if name not in _names(module)}
+    if fresh:
+        _check_reach(model, {key: given[key][0] for key in fresh})
+    for module, own in places:
+        _install(module, {name: given[key][1] for name, key in own.items()})
+
+
+def attached_masks(model: nn.Module) -> dict[str, Tensor]:
+    """Returns a copy of each mask in ``model``, by each qualified name of its parameter; empty if there are none."""
+    return {
+        f"{path}.{name}".lstrip("."): mask.detach().clone()
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, mask in _masks_in(module)
+    }
+
+
+def detach_masks(model: nn.Module, *, multiply: bool = True) -> None:
+    """Takes all masks out of ``model``, which is then as it was: classes, parameter objects, names and their order.
+
+    Args:
+        model: Any module; it is changed in place.
+        multiply: Whether parameters are multiplied by their masks, so that the model computes what it did with them.
+            Otherwise masked elements have the values that were hidden.
+
+    Raises:
+        PlanError: A module has got another class since its masks were attached. Nothing is detached then.
+    """
+    masked = [module for module in model.modules() if isinstance(module, _Masked)]
+    for module in masked:
+        if _is_covered(module):
+            raise PlanError(
+                f"{type(module).__name__}: got this class after its masks were attached. Undo first what made it."
+            )
+    multiplied: set[int] = set()
+    for module in masked:
+        for name, mask in _masks_in(module):
+            parameter = module._parameters.get(name)
+            if multiply and parameter is not None and id(parameter) not in multiplied:
+                multiplied.add(id(parameter))
+                with torch.no_grad():
+                    parameter.mul_(mask)
+        for name in type(module)._masked_names:
+            module._buffers.pop(_PREFIX + name, None)
+        _become(module, type(module)._masked_from)
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()
+
+
+def without_masks(model: nn.Module) -> nn.Module:
+    """Returns ``model`` if it has no masks, else a copy with its parameters multiplied by them, and no masks."""
+    if not any(isinstance(module, _Masked) for module in model.modules()):
+        return model
+    plain = copy.deepcopy(model)
+    detach_masks(plain)
+    return plain
+
+
+def plain_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the state of a masked model as one that a plain model can load: parameters multiplied, no masks.
+
+    Args:
+        state: What ``state_dict()`` of a masked model, or of one that contains it, gave.
+    """
+    beside = {_beside(key): key for key in state}
+    with torch.no_grad():
+        return {
+            key: value * state[_beside(key)].to(value) if _beside(key) in state else value
+            for key, value in state.items()
+            if key not in beside
+        }
+
+
+def flat_masks(masks: Masks) -> Iterator[tuple[str, Tensor]]:
+    """Yields the name of each masked parameter with its mask, of masks in either form.
+
+    Raises:
+        PlanError: They are no mapping.
+    """
+    if not isinstance(masks, Mapping):
+        raise PlanError(f"masks: are of type {type(masks).__name__}. Give tensors by the names of parameters.")
+    for name, mask in masks.items():
+        if isinstance(mask, Mapping):
+            inside = ((f"{name}.{inner}".lstrip("."), value) for inner, value in mask.items())
+            yield from ((full, value) for full, value in inside if isinstance(value, Tensor))
+        else:
+            yield name, mask
+
+
+class _Masked(nn.Module):
+    """What the class of a masked module has besides the properties that give its masked parameters.
+
+    Attributes:
+        _masked_from: The class that the module has without masks.
+        _masked_names: Its masked parameters.
+    """
+
+    _masked_from: ClassVar[type[nn.Module]]
+    _masked_names: ClassVar[tuple[str, ...]]
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        """Keeps the classes made here out of registers of subclasses that a user's class may keep."""
+
+    def __delattr__(self, name: str) -> None:
+        if name in type(self)._masked_names:
+            raise PlanError(f"{name}: is masked and cannot be taken away or parametrised. Call detach_masks() first.")
+        super().__delattr__(name)
+
+    def _load_from_state_dict(
+        self, state: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+    ) -> None:
+        own: list[str] = []
+        super()._load_from_state_dict(state, prefix, metadata, strict, own, *rest)
+        optional = {prefix + _PREFIX + name for name in type(self)._masked_names}
+        missing += [key for key in own if key not in optional]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made, given, *rest = tuple(super().__reduce_ex__(protocol))
+        if made is not copyreg.__newobj__ or given != (type(self),):  # type: ignore[attr-defined]  # not in the stubs
+            raise pickle.PicklingError(
+                f"{type(self).__name__}: is not made as modules are, and cannot be stored with masks. "
+                "Store its state_dict(), or call detach_masks() first."
+            )
+        return (_new, (type(self)._masked_from, type(self)._masked_names), *rest)
+
+
+class _MaskedRecurrent(_Masked):
+    """A masked recurrent layer: it hands its operator a list of its weights, which is made anew at each use."""
+
+    def _read_flat(self) -> list[Tensor | None]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]  # type: ignore[union-attr]
+
+    def _write_flat(self, _: Any) -> None:
+        """The list in the module itself stays that of its parameters."""
+
+    _flat_weights = property(_read_flat, _write_flat)
+
+    def _init_flat_weights(self) -> None:
+        """There is nothing to keep."""
+
+    def _update_flat_weights(self) -> None:
+        """There is nothing to keep."""
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the masked weights do not stay where they are."""
+
+
+def _become(module: nn.Module, kind: type[nn.Module]) -> None:
+    object.__setattr__(module, "__class__", kind)
+
+
+def _masked_class(plain: type[nn.Module], names: tuple[str, ...]) -> type[_Masked]:
+    """A class like ``plain`` of which the parameters ``names`` are masked."""
+    inside: dict[str, Any] = {name: _masked_parameter(name) for name in names}
+    inside |= {"_masked_from": plain, "_masked_names": names, "__doc__": plain.__doc__}
+    inside |= {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
+    if hasattr(plain, "__deepcopy__"):
+        inside["__deepcopy__"] = _deep_copied
+    own = _MaskedRecurrent if issubclass(plain, nn.RNNBase) else _Masked
+    metaclass: Any = type(plain)
+    made: type[_Masked] = metaclass(plain.__name__, (own, plain), inside)
+    return made
+
+
+def _masked_parameter(name: str) -> property:
+    """What reads the masked parameter ``name`` of a module, through what tracers watch."""
+    beside = _PREFIX + name
+
+    def read(module: nn.Module) -> Any:
+        own = vars(module)
+        parameter: Any = own[name] if name in own else nn.Module.__getattr__(module, name)
+        if parameter is None or beside not in own["_buffers"]:
+            return parameter
+        if isinstance(parameter, Proxy):  # its graph would hold the product, as a constant
+            raise PlanError(
+                f"{name}: is masked, which symbolic_trace cannot follow. Trace the model, then attach masks."
+            )
+        mask: Any = nn.Module.__getattr__(module, beside)
+        return parameter * mask
+
+    def write(module: nn.Module, value: Any) -> None:
+        vars(module)[name] = value  # a replica of a module holds tensors that are no parameters
+
+    return property(read, write)
+
+
+def _deep_copied(module: _Masked, memo: dict[int, Any]) -> nn.Module:
+    """A copy made by the own ``__deepcopy__`` of a user's class, with the masks."""
+    kind = type(module)
+    _become(module, kind._masked_from)
+    try:
+        twin: nn.Module = copy.deepcopy(module, memo)
+    finally:
+        _become(module, kind)
+    _install(twin, dict(_masks_in(module)))
+    return twin
+
+
+def _new(plain: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    """An instance of a masked class, before anything is in it."""
+    kind = _masked_class(plain, names)
+    return kind.__new__(kind)
+
+
+def _names(module: nn.Module) -> tuple[str, ...]:
+    """The parameters of a module that are masked."""
+    return type(module)._masked_names if isinstance(module, _Masked) else ()
+
+
+def _masks_in(module: nn.Module) -> list[tuple[str, Tensor]]:
+    found = ((name, module._buffers.get(_PREFIX + name)) for name in _names(module))
+    return [(name, mask) for name, mask in found if mask is not None]
+
+
+def _install(module: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Puts masks of parameters into the module that holds them."""
+    with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode can never be trained with
+        for name, mask in masks.items():
+            there = module._buffers.get(_PREFIX + name)
+            if there is not None and (there.shape, there.dtype, there.device) == (mask.shape, mask.dtype, mask.device):
+                there.copy_(mask)
+            else:
+                module._buffers[_PREFIX + name] = mask.clone()
+    fresh = tuple(name for name in masks if name not in _names(module))
+    if fresh:
+        plain = type(module)._masked_from if isinstance(module, _Masked) else type(module)
+        _become(module, _masked_class(plain, (*_names(module), *fresh)))
+
+
+def _is_covered(module: nn.Module) -> bool:
+    """Whether a masked module has got another class since."""
+    return isinstance(module, _Masked) and "_masked_from" not in vars(type(module))
+
+
+def _beside(name: str) -> str:
+    """The qualified name of the mask of a parameter."""
+    path, dot, last = name.rpartition(".")
+    return f"{path}{dot}{_PREFIX}{last}"
+
+
+def _maskable(model: nn.Module, named: Mapping[str, nn.Parameter], name: str) -> nn.Parameter:
+    """The parameter of that name, if a mask can act on it."""
+    parameter = named.get(name)
+    if parameter is None:
+        path, _, last = name.rpartition(".")
+        inner = f"{path}.parametrizations.{last}.".lstrip(".")
+        sources = [other for other in named if other.startswith(inner)]
+        if sources:
+            raise PlanError(f"{name}: is computed from parameters. Mask one of them: {', '.join(sources)}.")
+        raise PlanError(f"{name}: is masked, but the model has no parameter of that name. Name one that it has.")
+    if is_lazy(parameter):
+        raise PlanError(f"{name}: has no shape yet. Call the model once on an example.")
+    return parameter
+
+
+def _fitting(name: str, parameter: nn.Parameter, mask: Tensor) -> Tensor:
+    """The mask in the type of its parameter and where that is."""
+    if not isinstance(mask, Tensor) or mask.shape != parameter.shape:
+        given = f"has shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"is of type {type(mask).__name__}"
+        raise PlanError(f"{name}: the mask {given}, the parameter {tuple(parameter.shape)}. Give masks of its shape.")
+    if mask.is_floating_point() and bool(mask.isnan().any()):
+        raise PlanError(f"{name}: the mask holds nan. Give zeros where it is masked out, and ones elsewhere.")
+    return mask.detach().to(parameter)
+
+
+def _check_reach(model: nn.Module, masked: Mapping[int, str]) -> None:
+    """Asks that masks of parameters, given by identity, act on everything that uses these.
+
+    Raises:
+        PlanError: One is used by compiled code, written to by its module, or held in an attribute that is none of the
+            module's parameters; or the name of its mask is taken.
+    """
+    for path, module in model.named_modules():
+        owner = path or type(module).__name__
+        for attribute, parameter in module._parameters.items():
+            if id(parameter) in masked and (reason := _refusal(module, attribute)):
+                raise PlanError(f"{masked[id(parameter)]}: cannot be masked, {owner} {reason}")
+        if type(module).__module__.startswith("torch."):
+            continue  # but for recurrent layers they compute with nothing that is no attribute
+        for attribute, value in vars(module).items():
+            if attribute == "_parameters" or (isinstance(module, nn.RNNBase) and attribute == "_flat_weights"):
+                continue
+            name = next((masked[id(leaf)] for leaf in pytree.tree_leaves(value) if id(leaf) in masked), None)
+            if name is not None:
+                raise PlanError(
+                    f"{name}: is held in attribute {attribute} of {owner} as well, where no mask acts on it. "
+                    "Read it from the module that it is a parameter of."
+                )
+
+
+def _refusal(module: nn.Module, name: str) -> str | None:
+    """Why a parameter cannot be masked in one of the modules that hold it; None if it can be."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is a ScriptModule. Mask the model that it was made of."
+    if _is_covered(module):
+        return f"got its class {type(module).__name__} after other masks. Undo first what made it."
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+        return "writes to it when it runs (max_norm). Make it without."
+    if name not in _names(module) and hasattr(module, _PREFIX + name):
+        return f"has an attribute {_PREFIX}{name} of its own. Give that another name."
+    return None
