@@ -7,24 +7,19 @@ beside it.
 """
 
 import copy
-import copyreg
-import pickle
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from speedup.errors import PlanError
+from speedup.masked_class import PREFIX, Masked, install, is_covered, masked_names, masks_in, unmask
 
 Masks = Mapping[str, Tensor | Mapping[str, Tensor]]
 """Tensors by qualified names of parameters, or mappings of them by names of modules."""
-
-_PREFIX = "mask_of_"
-"""Before the name of a parameter: the name of the buffer that holds its mask."""
 
 
 def attach_masks(model: nn.Module, masks: Masks) -> None:
@@ -72,11 +67,11 @@ def attach_masks(model: nn.Module, masks: Masks) -> None:
         (module, {name: id(held) for name, held in module._parameters.items() if id(held) in given})
         for module in model.modules()
     ]
-    fresh = {key for module, own in places for name, key in own.items() if name not in _names(module)}
+    fresh = {key for module, own in places for name, key in own.items() if name not in masked_names(module)}
     if fresh:
         _check_reach(model, {key: given[key][0] for key in fresh})
     for module, own in places:
-        _install(module, {name: given[key][1] for name, key in own.items()})
+        install(module, {name: given[key][1] for name, key in own.items()})
 
 
 def attached_masks(model: nn.Module) -> dict[str, Tensor]:
@@ -84,7 +79,7 @@ def attached_masks(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{path}.{name}".lstrip("."): mask.detach().clone()
         for path, module in model.named_modules(remove_duplicate=False)
-        for name, mask in _masks_in(module)
+        for name, mask in masks_in(module)
     }
 
 
@@ -99,30 +94,26 @@ def detach_masks(model: nn.Module, *, multiply: bool = True) -> None:
     Raises:
         PlanError: A module has got another class since its masks were attached. Nothing is detached then.
     """
-    masked = [module for module in model.modules() if isinstance(module, _Masked)]
+    masked = [module for module in model.modules() if isinstance(module, Masked)]
     for module in masked:
-        if _is_covered(module):
+        if is_covered(module):
             raise PlanError(
                 f"{type(module).__name__}: got this class after its masks were attached. Undo first what made it."
             )
     multiplied: set[int] = set()
     for module in masked:
-        for name, mask in _masks_in(module):
+        for name, mask in masks_in(module):
             parameter = module._parameters.get(name)
             if multiply and parameter is not None and id(parameter) not in multiplied:
                 multiplied.add(id(parameter))
                 with torch.no_grad():
                     parameter.mul_(mask)
-        for name in type(module)._masked_names:
-            module._buffers.pop(_PREFIX + name, None)
-        _become(module, type(module)._masked_from)
-        if isinstance(module, nn.RNNBase):
-            module._init_flat_weights()
+        unmask(module)
 
 
 def without_masks(model: nn.Module) -> nn.Module:
     """Returns ``model`` if it has no masks, else a copy with its parameters multiplied by them, and no masks."""
-    if not any(isinstance(module, _Masked) for module in model.modules()):
+    if not any(isinstance(module, Masked) for module in model.modules()):
         return model
     plain = copy.deepcopy(model)
     detach_masks(plain)
@@ -160,155 +151,10 @@ def flat_masks(masks: Masks) -> Iterator[tuple[str, Tensor]]:
             yield name, mask
 
 
-class _Masked(nn.Module):
-    """What the class of a masked module has besides the properties that give its masked parameters.
-
-    Attributes:
-        _masked_from: The class that the module has without masks.
-        _masked_names: Its masked parameters.
-    """
-
-    _masked_from: ClassVar[type[nn.Module]]
-    _masked_names: ClassVar[tuple[str, ...]]
-
-    def __init_subclass__(cls, **_: Any) -> None:
-        """Keeps the classes made here out of registers of subclasses that a user's class may keep."""
-
-    def __delattr__(self, name: str) -> None:
-        if name in type(self)._masked_names:
-            raise PlanError(f"{name}: is masked and cannot be taken away or parametrised. Call detach_masks() first.")
-        super().__delattr__(name)
-
-    def _load_from_state_dict(
-        self, state: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
-    ) -> None:
-        own: list[str] = []
-        super()._load_from_state_dict(state, prefix, metadata, strict, own, *rest)
-        optional = {prefix + _PREFIX + name for name in type(self)._masked_names}
-        missing += [key for key in own if key not in optional]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        made, given, *rest = tuple(super().__reduce_ex__(protocol))
-        if made is not copyreg.__newobj__ or given != (type(self),):  # type: ignore[attr-defined]  # not in the stubs
-            raise pickle.PicklingError(
-                f"{type(self).__name__}: is not made as modules are, and cannot be stored with masks. "
-                "Store its state_dict(), or call detach_masks() first."
-            )
-        return (_new, (type(self)._masked_from, type(self)._masked_names), *rest)
-
-
-class _MaskedRecurrent(_Masked):
-    """A masked recurrent layer: it hands its operator a list of its weights, which is made anew at each use."""
-
-    def _read_flat(self) -> list[Tensor | None]:
-        return [getattr(self, name, None) for name in self._flat_weights_names]  # type: ignore[union-attr]
-
-    def _write_flat(self, _: Any) -> None:
-        """The list in the module itself stays that of its parameters."""
-
-    _flat_weights = property(_read_flat, _write_flat)
-
-    def _init_flat_weights(self) -> None:
-        """There is nothing to keep."""
-
-    def _update_flat_weights(self) -> None:
-        """There is nothing to keep."""
-
-    def flatten_parameters(self) -> None:
-        """Does nothing: the masked weights do not stay where they are."""
-
-
-def _become(module: nn.Module, kind: type[nn.Module]) -> None:
-    object.__setattr__(module, "__class__", kind)
-
-
-def _masked_class(plain: type[nn.Module], names: tuple[str, ...]) -> type[_Masked]:
-    """A class like ``plain`` of which the parameters ``names`` are masked."""
-    inside: dict[str, Any] = {name: _masked_parameter(name) for name in names}
-    inside |= {"_masked_from": plain, "_masked_names": names, "__doc__": plain.__doc__}
-    inside |= {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
-    if hasattr(plain, "__deepcopy__"):
-        inside["__deepcopy__"] = _deep_copied
-    own = _MaskedRecurrent if issubclass(plain, nn.RNNBase) else _Masked
-    metaclass: Any = type(plain)
-    made: type[_Masked] = metaclass(plain.__name__, (own, plain), inside)
-    return made
-
-
-def _masked_parameter(name: str) -> property:
-    """What reads the masked parameter ``name`` of a module, through what tracers watch."""
-    beside = _PREFIX + name
-
-    def read(module: nn.Module) -> Any:
-        own = vars(module)
-        parameter: Any = own[name] if name in own else nn.Module.__getattr__(module, name)
-        if parameter is None or beside not in own["_buffers"]:
-            return parameter
-        if isinstance(parameter, Proxy):  # its graph would hold the product, as a constant
-            raise PlanError(
-                f"{name}: is masked, which symbolic_trace cannot follow. Trace the model, then attach masks."
-            )
-        mask: Any = nn.Module.__getattr__(module, beside)
-        return parameter * mask
-
-    def write(module: nn.Module, value: Any) -> None:
-        vars(module)[name] = value  # a replica of a module holds tensors that are no parameters
-
-    return property(read, write)
-
-
-def _deep_copied(module: _Masked, memo: dict[int, Any]) -> nn.Module:
-    """A copy made by the own ``__deepcopy__`` of a user's class, with the masks."""
-    kind = type(module)
-    _become(module, kind._masked_from)
-    try:
-        twin: nn.Module = copy.deepcopy(module, memo)
-    finally:
-        _become(module, kind)
-    _install(twin, dict(_masks_in(module)))
-    return twin
-
-
-def _new(plain: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    """An instance of a masked class, before anything is in it."""
-    kind = _masked_class(plain, names)
-    return kind.__new__(kind)
-
-
-def _names(module: nn.Module) -> tuple[str, ...]:
-    """The parameters of a module that are masked."""
-    return type(module)._masked_names if isinstance(module, _Masked) else ()
-
-
-def _masks_in(module: nn.Module) -> list[tuple[str, Tensor]]:
-    found = ((name, module._buffers.get(_PREFIX + name)) for name in _names(module))
-    return [(name, mask) for name, mask in found if mask is not None]
-
-
-def _install(module: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Puts masks of parameters into the module that holds them."""
-    with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode can never be trained with
-        for name, mask in masks.items():
-            there = module._buffers.get(_PREFIX + name)
-            if there is not None and (there.shape, there.dtype, there.device) == (mask.shape, mask.dtype, mask.device):
-                there.copy_(mask)
-            else:
-                module._buffers[_PREFIX + name] = mask.clone()
-    fresh = tuple(name for name in masks if name not in _names(module))
-    if fresh:
-        plain = type(module)._masked_from if isinstance(module, _Masked) else type(module)
-        _become(module, _masked_class(plain, (*_names(module), *fresh)))
-
-
-def _is_covered(module: nn.Module) -> bool:
-    """Whether a masked module has got another class since."""
-    return isinstance(module, _Masked) and "_masked_from" not in vars(type(module))
-
-
 def _beside(name: str) -> str:
     """The qualified name of the mask of a parameter."""
     path, dot, last = name.rpartition(".")
-    return f"{path}{dot}{_PREFIX}{last}"
+    return f"{path}{dot}{PREFIX}{last}"
 
 
 def _maskable(model: nn.Module, named: Mapping[str, nn.Parameter], name: str) -> nn.Parameter:
@@ -365,10 +211,10 @@ def _refusal(module: nn.Module, name: str) -> str | None:
     """Why a parameter cannot be masked in one of the modules that hold it; None if it can be."""
     if isinstance(module, torch.jit.ScriptModule):
         return "is a ScriptModule. Mask the model that it was made of."
-    if _is_covered(module):
+    if is_covered(module):
         return f"got its class {type(module).__name__} after other masks. Undo first what made it."
     if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
         return "writes to it when it runs (max_norm). Make it without."
-    if name not in _names(module) and hasattr(module, _PREFIX + name):
-        return f"has an attribute {_PREFIX}{name} of its own. Give that another name."
+    if name not in masked_names(module) and hasattr(module, PREFIX + name):
+        return f"has an attribute {PREFIX}{name} of its own. Give that another name."
     return None
