@@ -598,12 +598,14 @@ def one_process() -> Iterator[None]:
 def test_distributed_data_parallel(one_process: None) -> None:
     model = fresh(convolutions)
     masks = masks_of(model)
+    late = {f"module.{name}": masks.pop(name) for name in ("5.weight", "5.bias")}
     attach_masks(model, masks)
     shared = nn.parallel.DistributedDataParallel(model)
     for _ in range(2):
         loss_of(shared, IMAGE).backward()
     assert all(not bool(tensor.grad[masks[name] == 0].any()) for name, tensor in model.named_parameters())
-    attach_masks(shared, {"module.5.weight": torch.zeros(3, 20)})
+    attach_masks(shared, late)
+    attach_masks(shared, {"module.5.weight": torch.zeros(3, 20), "module.5.bias": torch.ones(3)})
     assert torch.equal(shared(IMAGE), model[5].bias.expand(2, 3))  # type: ignore[index]
     assert not any("mask" in key for key in plain_state(shared.state_dict()))
 
