@@ -157,6 +157,8 @@ CASES = (
     Case("prelu_of_vectors", lambda: Net(lambda n, x: n.o(n.p(n.a(x))), a=nn.Linear(5, 8), p=nn.PReLU(8), o=nn.Linear(8, 2)), torch.randn(2, 5), ("8: a.weight/0 a.bias/0 p.weight/0 o.weight/1",)),
     Case("log_sigmoid", lambda: nn.Sequential(conv(3, 8), nn.LogSigmoid(), conv(8, 2)), image(), ("8: 0.weight/0 0.bias/0 2.weight/1",)),
     Case("glu", lambda: Net(lambda n, x: n.o(F.glu(n.a(x), 1)), a=conv(3, 8), o=conv(4, 2)), image(), ("4: a.weight/0 a.bias/0 o.weight/1",)),
+    Case("glu_of_two_channels_pins", lambda: Net(lambda n, x: n.o(F.glu(n.a(x), 1)), a=conv(3, 2), o=conv(1, 2)), image(), (), {"a.weight/0": "is taken alone"}),
+    Case("glu_of_a_glu_pins_what_is_left_of_it", lambda: Net(lambda n, x: n.o(F.glu(F.glu(n.a(x), 1), 1)), a=conv(3, 4), o=conv(1, 2)), image(), (), {"a.weight/0": "is taken alone"}),
     Case("glu_over_tokens", lambda: Net(lambda n, x: n.o(F.glu(n.a(x))), a=nn.Linear(12, 16), o=nn.Linear(8, 2)), tokens(), ("8: a.weight/0 a.bias/0 o.weight/1",)),
     Case(
         "gate_for_each_channel",

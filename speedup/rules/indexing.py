@@ -29,6 +29,13 @@ def split(flow: Flow, call: Call) -> list[Labels]:
     return [_cut(flow, x, dim, start, shape) for start, shape in zip(starts, call.outputs, strict=False)]
 
 
+def glu(flow: Flow, call: Call) -> Labels:
+    """y = a * sigmoid(b) for the two halves a, b of x along ``dim``."""
+    x: Labels = call["self"]
+    dim = call.dim(len(x.shape))
+    return flow.meet([_cut(flow, x, dim, start, call.shape) for start in (0, call.shape[dim])], call.shape)
+
+
 def _cut(flow: Flow, x: Labels, dim: int, start: int, shape: tuple[int, ...]) -> Labels:
     """The part of a tensor that begins at ``start`` along ``dim``."""
     planes = []
@@ -256,6 +263,7 @@ _EQUAL_SPLITS = (aten.split.Tensor, aten.chunk.default, aten.tensor_split.sectio
 
 RULES = {
     **dict.fromkeys(_SPLITS, Rule("split", split, moves=True)),
+    aten.glu.default: Rule("elementwise", glu),
     **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), Rule("pad", pad)),
     aten.index_select.default: Rule("index", index_select, moves=True),
     aten.cat.default: Rule("concat", cat, moves=True),

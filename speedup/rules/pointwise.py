@@ -37,15 +37,6 @@ def prelu(flow: Flow, call: Call) -> Labels:
     return flow.meet([x, along_channels(weight, len(x.shape))], call.shape)
 
 
-def glu(flow: Flow, call: Call) -> Labels:
-    """y = a * sigmoid(b) for the two halves a, b of x along ``dim``."""
-    x = call["self"]
-    dim = call.dim(len(x.shape))
-    half = x.shape[dim] // 2
-    halves = [Labels(call.shape, tuple(plane.narrow(dim, start, half) for plane in x.planes)) for start in (0, half)]
-    return flow.meet(halves, call.shape)
-
-
 def along_channels(vector: Labels, rank: int, dim: int = 1) -> Labels:
     """A tensor of shape (C,) seen as (1, C, 1, ...) of rank ``rank``; one of size 1 stays a scalar."""
     if len(vector.shape) != 1 or vector.shape[0] == 1 or rank == 1:
@@ -96,7 +87,6 @@ RULES = {
     aten.copy_.default: Rule("elementwise", overwrite),
     aten.fill_.Tensor: Rule("elementwise", unchanged),
     aten.prelu.default: Rule("elementwise", prelu),
-    aten.glu.default: Rule("elementwise", glu),
 }
 
 TAGGED = Rule("elementwise", pointwise)
