@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -120,6 +120,13 @@ class Setting:
 
     position: int
     entry: Entry
+
+    def asking(self, share: float) -> "Setting":
+        """Returns the same setting with another share; an entry that excludes layers stays as it is."""
+        if self.entry.exclude:
+            return self
+        key = "sparsity" if self.entry.total_sparsity is None else "total_sparsity"
+        return replace(self, entry=self.entry.model_copy(update={key: share}))
 
 
 def read_config_list(

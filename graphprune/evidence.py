@@ -1,9 +1,10 @@
 """What criteria know of a model beside its weights: its activations on data, and the gradients of its loss."""
 
-import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -14,8 +15,10 @@ from torch.utils import _pytree as pytree
 
 from graphprune.errors import ConfigError
 from speedup.analysis import Analysis
-from speedup.capture import attribute
+from speedup.capture import Captured, attribute
+from speedup.inputs import ExampleInputs
 from speedup.labels import Labels, support
+from speedup.masking import attached_masks
 from speedup.rules import rule_for
 
 Need = Literal["weights", "activations", "gradients"]
@@ -63,21 +66,32 @@ class Observer:
 
     Activations are those of the graph in evaluation mode on the inputs that the model receives, at the weights that it
     has then; gradients are those that reach its parameters.
+
+    Attributes:
+        analysis: The model; made from the inputs of the first call if it was not known before.
     """
 
     def __init__(
-        self, analysis: Analysis, need: Need, batches: int, functions: Sequence[str] = tuple(ACTIVATIONS)
+        self,
+        known: Analysis | Callable[[ExampleInputs], Analysis],
+        model: nn.Module,
+        need: Need,
+        batches: int,
+        functions: Sequence[str] = tuple(ACTIVATIONS),
     ) -> None:
         """Prepares to look.
 
         Args:
-            analysis: The model.
+            known: The analysed model, or what makes it from example inputs.
+            model: The model that is run.
             need: What to look at.
             batches: How many calls of the model, or backward passes, are looked at.
             functions: Names in :data:`ACTIVATIONS`: after which functions an activation counts.
         """
-        self._analysis, self._need, self._batches = analysis, need, batches
-        self._tallies = [_Tally(analysis, _after(functions)), _Tally(analysis, _is_contraction)]
+        self.analysis: Analysis | None = known if isinstance(known, Analysis) else None
+        self._make = None if isinstance(known, Analysis) else known
+        self._model, self._need, self._batches, self._functions = model, need, batches, functions
+        self._tallies: list[_Tally] = []
         self._saliency: dict[str, Tensor] = {}
         self._seen: dict[str, int] = {}
         self._calls = 0
@@ -90,22 +104,40 @@ class Observer:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Looks on while the context is open."""
-        model = self._analysis.captured.model
-        if self._need == "activations":
-            handles = [model.register_forward_pre_hook(self._on_call, with_kwargs=True)]
-        else:
-            graph = self._analysis.captured.graph_module
-            learned = [(name, attribute(graph, name)) for name in self._analysis.parameters]
-            handles = [
-                tensor.register_hook(functools.partial(self._on_gradient, name, tensor))
-                for name, tensor in learned
-                if tensor.requires_grad
-            ]
-        try:
+        with ExitStack() as stack:
+            if self.analysis is not None:
+                self._start(stack, self.analysis)
+            else:
+                self._wait(stack)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
+
+    def _wait(self, stack: ExitStack) -> None:
+        """Makes the analysis of the first call, and starts with that call."""
+
+        def on_first_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            handle.remove()
+            assert self._make is not None
+            inputs = args if not kwargs else {**_named(module, args), **kwargs}
+            self.analysis = self._make(pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), inputs))
+            self._start(stack, self.analysis)
+            if self._need == "activations":
+                self._on_call(module, args, kwargs)
+
+        handle = self._model.register_forward_pre_hook(on_first_call, with_kwargs=True)
+        stack.callback(handle.remove)
+
+    def _start(self, stack: ExitStack, analysis: Analysis) -> None:
+        if self._need == "activations":
+            self._tallies = self._tallies or [
+                _Tally(analysis, _after(self._functions)),
+                _Tally(analysis, _is_contraction),
+            ]
+            stack.callback(self._model.register_forward_pre_hook(self._on_call, with_kwargs=True).remove)
+            return
+        for name in analysis.parameters:
+            tensor = attribute(analysis.captured.graph_module, name)
+            if tensor.requires_grad:
+                stack.callback(tensor.register_hook(partial(self._on_gradient, name, tensor)).remove)
 
     def evidence(self, seed: int) -> Evidence:
         """Returns what was seen.
@@ -127,16 +159,17 @@ class Observer:
     def _on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._calls >= self._batches:
             return
-        captured = self._analysis.captured
-        known = {name: kwargs[name] for name in captured.kwargs if name in kwargs}
-        leaves, spec = pytree.tree_flatten((args, known))
-        expected = pytree.tree_structure((captured.args, captured.kwargs))
+        assert self.analysis is not None
+        captured = self.analysis.captured
+        leaves = _leaves(captured, args, kwargs)
         fact = "is captured in parts" if captured.parts is not None else "is called in another way than on the example"
-        if captured.parts is not None or len(known) != len(kwargs) or spec != expected:
+        if captured.parts is not None or leaves is None:
             raise ConfigError(f"{type(module).__name__}: {fact}, so that its activations cannot be seen. Use weights.")
         self._calls += 1
         with torch.no_grad():
-            _Reading(captured.graph_module, self._tallies).run(*leaves, enable_io_processing=False)
+            _Reading(captured.graph_module, self._tallies, attached_masks(module)).run(
+                *leaves, enable_io_processing=False
+            )
 
     def _on_gradient(self, name: str, parameter: nn.Parameter, gradient: Tensor) -> None:
         if self._seen.get(name, 0) >= self._batches:
@@ -144,6 +177,21 @@ class Observer:
         self._seen[name] = self._seen.get(name, 0) + 1
         found = (gradient.detach().double() * parameter.detach().double()).square()
         self._saliency[name] = self._saliency[name] + found if name in self._saliency else found
+
+
+def _named(module: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
+    """Positional inputs by the names that the forward of ``module`` gives them."""
+    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False))
+
+
+def _leaves(captured: Captured, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
+    """The inputs of a call, one for each placeholder of the graph; None if they have another form."""
+    if captured.kwargs and args:
+        args, kwargs = (), {**_named(captured.model, args), **kwargs}
+    known = {name: kwargs[name] for name in captured.kwargs if name in kwargs}
+    leaves, spec = pytree.tree_flatten((args, known))
+    expected = pytree.tree_structure((captured.args, captured.kwargs))
+    return leaves if spec == expected and len(known) == len(kwargs) else None
 
 
 @dataclass
@@ -195,15 +243,17 @@ def _is_contraction(node: fx.Node) -> bool:
 
 
 class _Reading(fx.Interpreter):
-    """Runs a graph and shows every value to the tallies."""
+    """Runs a graph, its parameters multiplied by masks, and shows every value to the tallies."""
 
-    def __init__(self, graph_module: fx.GraphModule, tallies: Sequence[_Tally]) -> None:
+    def __init__(self, graph_module: fx.GraphModule, tallies: Sequence[_Tally], masks: Mapping[str, Tensor]) -> None:
         super().__init__(graph_module)
-        self._tallies = tallies
+        self._tallies, self._masks = tallies, masks
 
     def run_node(self, n: fx.Node) -> Any:
         """Runs one node."""
         value = super().run_node(n)
+        if n.op == "get_attr" and str(n.target) in self._masks:
+            value = value * self._masks[str(n.target)]
         for tally in self._tallies:
             tally.add(n, value)
         return value
@@ -231,14 +281,14 @@ def gather(
     Raises:
         ConfigError: ``run`` does not run the model.
     """
-    observer = Observer(analysis, need, batches, functions)
-    with _put_back(analysis.captured.model), observer.watching():
+    observer = Observer(analysis, analysis.captured.model, need, batches, functions)
+    with put_back(analysis.captured.model), observer.watching():
         run()
     return observer.evidence(seed)
 
 
 @contextmanager
-def _put_back(model: nn.Module) -> Iterator[None]:
+def put_back(model: nn.Module) -> Iterator[None]:
     """Gives the tensors of a model back what they held, their gradients, and the modules their modes."""
     tensors = [*model.parameters(), *model.buffers()]
     held = [tensor.detach().clone() for tensor in tensors]

@@ -14,6 +14,7 @@ from graphprune.errors import ConfigError
 from graphprune.evidence import Evidence, Observer, gather
 from speedup.analysis import Analysis, analyse
 from speedup.capture import capture
+from speedup.masking import attach_masks
 
 BATCHES = [torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
 
@@ -149,7 +150,7 @@ def test_a_model_that_was_trained_meanwhile_is_put_back() -> None:
 def test_what_comes_after_the_wanted_batches_does_not_count() -> None:
     net = residual()
     analysis = analyse(capture(net, image()))
-    observer = Observer(analysis, "activations", 2)
+    observer = Observer(analysis, net, "activations", 2)
     with observer.watching():
         for batch in BATCHES:
             net(batch)
@@ -158,6 +159,32 @@ def test_what_comes_after_the_wanted_batches_does_not_count() -> None:
     first = gather(analysis, "activations", lambda: [net(batch) for batch in BATCHES[:2]], batches=5)
     assert (observer.evidence(0).means == first.means).all()
     assert (along(analysis, first.means, "a.weight/0") > expected - 1e-9).all()
+
+
+@pytest.mark.parametrize("criterion", ["apoz", "mean_activation", "taylor"])
+def test_a_model_that_is_not_analysed_yet_is_on_its_first_call(criterion: str) -> None:
+    net, need = residual(), CRITERIA[criterion].need
+    observer = Observer(lambda inputs: analyse(capture(net, inputs)), net, need, 3)
+    with observer.watching():
+        for batch in BATCHES:
+            net(batch).square().mean().backward()
+    assert observer.analysis is not None and observer.count == 3 and not net._forward_pre_hooks
+    analysis, scores = observed(net, criterion)
+    found = CRITERIA[criterion](observer.analysis, observer.evidence(0))
+    assert (along(observer.analysis, found, "a.weight/0") == along(analysis, scores, "a.weight/0")).all()
+
+
+def test_masks_that_are_attached_show_in_activations() -> None:
+    net = residual()
+    analysis = analyse(capture(net, image()))
+    mask = torch.ones_like(net.a.weight)
+    mask[2] = 0
+    attach_masks(net, {"a.weight": mask})
+    evidence = gather(analysis, "activations", lambda: [net(batch) for batch in BATCHES], batches=3)
+    x = torch.cat(BATCHES)
+    first = F.conv2d(x, net.a.weight, net.a.bias, padding=1).relu()
+    expected = array(first).mean((0, 2, 3)) + array((first + net.b(x)).relu()).mean((0, 2, 3))
+    np.testing.assert_allclose(along(analysis, evidence.means, "a.weight/0"), expected, rtol=1e-5)
 
 
 def test_a_loop_that_does_not_run_the_model_is_refused() -> None:

@@ -1,0 +1,178 @@
+"""Pruning that is learned while the model trains: network slimming, ADMM and movement."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from graphprune.training import Training
+from speedup.masked_class import PREFIX
+from speedup.masking import attach_masks, detach_masks
+
+Weights = Mapping[str, Tensor]
+"""Tensors by qualified names of parameters."""
+
+Project = Callable[[Weights], Weights]
+"""From weights to their masks at the sparsity that is wanted: 1 where an element stays."""
+
+
+def train(model: nn.Module, training: Training, epochs: int, moving: "Movement | None" = None) -> None:
+    """Trains ``model`` in place for some epochs, and the scores of movement with it."""
+    optimizer, schedule = training.made(model)
+    with moving.during(optimizer) if moving else nullcontext():
+        for epoch in range(epochs):
+            training.epoch(model, optimizer, epoch)
+            if schedule is not None:
+                schedule.step()
+
+
+def slim(model: nn.Module, training: Training, scales: Weights, *, scale: float, epochs: int) -> None:
+    """Trains with ``scale * sum |gamma|`` on top of the loss (Liu et al., Network Slimming, 2017, equation 1).
+
+    Args:
+        model: The model, which is changed.
+        training: How it is trained.
+        scales: The scales of its norms.
+        scale: Weight of the penalty.
+        epochs: How long.
+    """
+
+    def penalty(_: nn.Module) -> Tensor:
+        return scale * torch.stack([gamma.abs().sum() for gamma in scales.values()]).sum()
+
+    train(model, training.regularised(penalty), epochs)
+
+
+def admm(
+    model: nn.Module, training: Training, weights: Weights, project: Project, *, rho: float, iterations: int, epochs: int
+) -> None:
+    """Trains towards weights that are sparse (Zhang et al., A Systematic DNN Weight Pruning Framework, 2018).
+
+    In turns, beginning with ``Z = W`` projected and ``U = 0``: train with ``rho / 2 * sum norm2(W - Z + U)^2`` on top of
+    the loss; then ``Z = projection(W + U)`` and ``U += W - Z``.
+
+    Args:
+        model: The model, which is changed.
+        training: How it is trained.
+        weights: Its parameters that become sparse.
+        project: Which elements stay of weights at the sparsity that is wanted.
+        rho: Weight of the penalty.
+        iterations: How many turns.
+        epochs: How long a turn trains.
+    """
+    sparse = _projected(weights, project)
+    dual = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+
+    def penalty(_: nn.Module) -> Tensor:
+        gaps = [(weight - sparse[name] + dual[name]).square().sum() for name, weight in weights.items()]
+        return rho / 2 * torch.stack(gaps).sum()
+
+    regularised = training.regularised(penalty)
+    optimizer, schedule = regularised.made(model)
+    for turn in range(iterations):
+        for epoch in range(turn * epochs, (turn + 1) * epochs):
+            regularised.epoch(model, optimizer, epoch)
+            if schedule is not None:
+                schedule.step()
+        with torch.no_grad():
+            sparse = _projected({name: weight + dual[name] for name, weight in weights.items()}, project)
+            for name, weight in weights.items():
+                dual[name] += weight - sparse[name]
+
+
+def _projected(weights: Weights, project: Project) -> dict[str, Tensor]:
+    values = {name: weight.detach().clone() for name, weight in weights.items()}
+    masks = project(values)
+    return {name: value * masks[name].to(value) for name, value in values.items()}
+
+
+class Movement:
+    """Scores that are learned with the weights (Sanh et al., Movement Pruning, 2020).
+
+    A masked weight is ``W * M(S)``; the gradient of the loss passes straight through ``M``, so that the scores receive
+    ``dL/dS = dL/d(W M) * W``, of masked elements too. They are updated with every step of the model's optimizer. Hard:
+    ``M`` keeps the highest scores, of which the share that goes grows cubically from nothing to what is wanted. Soft:
+    ``M = sigmoid(S) > threshold``, and ``penalty * mean(sigmoid(S))`` on top of the loss pulls the scores down.
+
+    Attributes:
+        scores: The score of each element, by qualified name of its weight, in its shape.
+        steps: Steps that were taken.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Weights,
+        keep: Callable[[Weights, float], Weights],
+        *,
+        begin: int,
+        end: int,
+        threshold: float | None = None,
+        penalty: float = 0.0,
+        learning_rate: float = 1e-2,
+    ) -> None:
+        """Begins with scores of zero.
+
+        Args:
+            model: The model, which gets masks.
+            weights: Its parameters that become sparse.
+            keep: From scores and the share of the way to what is wanted, in [0, 1], to masks.
+            begin: Steps before anything goes.
+            end: The step after which the share stays as it is wanted.
+            threshold: Of the sigmoid of a score; None for hard masks.
+            penalty: Weight of the penalty on soft scores; it grows as the share of hard ones does.
+            learning_rate: Of the scores, which have an Adam optimizer of their own.
+        """
+        self._model, self._weights, self._keep = model, weights, keep
+        self._begin, self._end, self._threshold, self._penalty = begin, end, threshold, penalty
+        self.scores = {name: nn.Parameter(torch.zeros_like(weight)) for name, weight in weights.items()}
+        self.steps = 0
+        self._optimizer = torch.optim.Adam(self.scores.values(), lr=learning_rate)
+
+    @contextmanager
+    def during(self, optimizer: Optimizer) -> Iterator[None]:
+        """Learns with every step of ``optimizer`` while the context is open; the masks stay attached until it closes."""
+        attach_masks(self._model, self.masks())
+        self._listen()
+        handle = optimizer.register_step_post_hook(self._step)
+        try:
+            yield
+        finally:
+            handle.remove()
+            detach_masks(self._model, multiply=False)
+
+    def masks(self) -> dict[str, Tensor]:
+        """The masks of the scores as they are, by qualified name of the weight."""
+        scores = {name: score.detach() for name, score in self.scores.items()}
+        if self._threshold is None:
+            return dict(self._keep(scores, self._progress()))
+        return {name: (score.sigmoid() > self._threshold).to(score) for name, score in scores.items()}
+
+    def _progress(self) -> float:
+        """``1 - (1 - (t - begin) / (end - begin))^3`` (equation 3 of the paper)."""
+        passed = min(max((self.steps - self._begin) / (self._end - self._begin), 0.0), 1.0)
+        return 1 - (1 - passed) ** 3
+
+    def _listen(self) -> None:
+        for mask in self._attached().values():
+            mask.requires_grad_()  # its gradient is that of the product times the weight
+
+    def _attached(self) -> dict[str, Tensor]:
+        places = ((name, name.rpartition(".")) for name in self._weights)
+        return {name: self._model.get_buffer(f"{layer}.{PREFIX}{own}") for name, (layer, _, own) in places}
+
+    def _step(self, *_: Any) -> None:
+        self.steps += 1
+        for name, mask in self._attached().items():
+            gradient = torch.zeros_like(mask) if mask.grad is None else mask.grad
+            score = self.scores[name]
+            if self._threshold is not None:
+                chance = score.detach().sigmoid()
+                gradient = gradient + self._penalty * self._progress() * chance * (1 - chance) / chance.numel()
+            score.grad = gradient.to(score) if bool(gradient.isfinite().all()) else torch.zeros_like(score)
+            mask.grad = None
+        self._optimizer.step()
+        attach_masks(self._model, self.masks())
