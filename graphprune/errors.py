@@ -13,3 +13,7 @@ class ConfigError(GraphpruneError):
 
 class ModelError(GraphpruneError):
     """The model cannot be loaded, or holds nothing that could be pruned."""
+
+
+class TrainingError(GraphpruneError):
+    """Training went wrong: a loss that is no number, a trainer that trains something else."""

@@ -4,6 +4,7 @@ import pickle
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,10 +31,15 @@ def save_weights(model: nn.Module, path: Path) -> None:
             kind = type(value).__name__
             raise ModelError(f"{name}: the state dict holds a {kind} there. Leave it out: only tensors can be saved.")
     ties = tied_names(state)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items() if name not in ties}
+    save_tensors({name: tensor for name, tensor in state.items() if name not in ties}, path, ties)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Writes tensors as safetensors; no two of them may share memory."""
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt", **ties})
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(held, path, metadata={"format": "pt", **metadata})
     path.chmod(mode)  # safetensors makes files that nobody else may read
 
 
