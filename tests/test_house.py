@@ -32,6 +32,9 @@ HOMES = {
     "typer": {"graphprune/cli.py"},
     "safetensors": {"graphprune/checkpoint.py", "graphprune/weights.py"},
     "matplotlib": {"graphprune/drawing.py"},
+    "pytorch_lightning": {"graphprune/callbacks.py"},
+    "lightning": {"graphprune/callbacks.py"},
+    "transformers": {"graphprune/callbacks.py"},
 }
 
 
