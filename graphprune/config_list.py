@@ -128,6 +128,11 @@ class Setting:
         key = "sparsity" if self.entry.total_sparsity is None else "total_sparsity"
         return replace(self, entry=self.entry.model_copy(update={key: share}))
 
+    def at_most(self, share: float) -> "Setting":
+        """Returns the same setting with no more than ``share`` of one layer going where several are ranked."""
+        most = min(share, self.entry.max_sparsity_per_layer)
+        return replace(self, entry=self.entry.model_copy(update={"max_sparsity_per_layer": most}))
+
 
 def read_config_list(
     model: nn.Module, config_list: Sequence[Mapping[str, Any]], *, shares: bool = True

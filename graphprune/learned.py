@@ -1,13 +1,16 @@
 """Pruning that is learned while the model trains: network slimming, ADMM and movement."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from graphprune.fit import Epoch, fit
+from graphprune.loss import proximity, shrinkage
 from graphprune.training import Training
 from speedup.masked_class import PREFIX
 from speedup.masking import attach_masks, detach_masks
@@ -17,16 +20,6 @@ Weights = Mapping[str, Tensor]
 
 Project = Callable[[Weights], Weights]
 """From weights to their masks at the sparsity that is wanted: 1 where an element stays."""
-
-
-def train(model: nn.Module, training: Training, epochs: int, moving: "Movement | None" = None) -> None:
-    """Trains ``model`` in place for some epochs, and the scores of movement with it."""
-    optimizer, schedule = training.made(model)
-    with moving.during(optimizer) if moving else nullcontext():
-        for epoch in range(epochs):
-            training.epoch(model, optimizer, epoch)
-            if schedule is not None:
-                schedule.step()
 
 
 def slim(model: nn.Module, training: Training, scales: Weights, *, scale: float, epochs: int) -> None:
@@ -39,20 +32,23 @@ def slim(model: nn.Module, training: Training, scales: Weights, *, scale: float,
         scale: Weight of the penalty.
         epochs: How long.
     """
-
-    def penalty(_: nn.Module) -> Tensor:
-        return scale * torch.stack([gamma.abs().sum() for gamma in scales.values()]).sum()
-
-    train(model, training.regularised(penalty), epochs)
+    fit(model, training.regularised(shrinkage(list(scales.values()), scale)), epochs)
 
 
 def admm(
-    model: nn.Module, training: Training, weights: Weights, project: Project, *, rho: float, iterations: int, epochs: int
+    model: nn.Module,
+    training: Training,
+    weights: Weights,
+    project: Project,
+    *,
+    rho: float,
+    iterations: int,
+    epochs: int,
 ) -> None:
     """Trains towards weights that are sparse (Zhang et al., A Systematic DNN Weight Pruning Framework, 2018).
 
-    In turns, beginning with ``Z = W`` projected and ``U = 0``: train with ``rho / 2 * sum norm2(W - Z + U)^2`` on top of
-    the loss; then ``Z = projection(W + U)`` and ``U += W - Z``.
+    In turns, beginning with ``Z = W`` projected and ``U = 0``: train with ``rho / 2 * sum norm2(W - Z + U)^2`` on top
+    of the loss; then ``Z = projection(W + U)`` and ``U += W - Z``.
 
     Args:
         model: The model, which is changed.
@@ -66,27 +62,28 @@ def admm(
     sparse = _projected(weights, project)
     dual = {name: torch.zeros_like(weight) for name, weight in weights.items()}
 
-    def penalty(_: nn.Module) -> Tensor:
-        gaps = [(weight - sparse[name] + dual[name]).square().sum() for name, weight in weights.items()]
-        return rho / 2 * torch.stack(gaps).sum()
+    def after(epoch: Epoch) -> None:
+        if (epoch.epoch + 1) % epochs == 0:
+            with torch.no_grad():
+                sparse.update(_projected({name: weight + dual[name] for name, weight in weights.items()}, project))
+                for name, weight in weights.items():
+                    dual[name] += weight - sparse[name]
 
-    regularised = training.regularised(penalty)
-    optimizer, schedule = regularised.made(model)
-    for turn in range(iterations):
-        for epoch in range(turn * epochs, (turn + 1) * epochs):
-            regularised.epoch(model, optimizer, epoch)
-            if schedule is not None:
-                schedule.step()
-        with torch.no_grad():
-            sparse = _projected({name: weight + dual[name] for name, weight in weights.items()}, project)
-            for name, weight in weights.items():
-                dual[name] += weight - sparse[name]
+    penalty = proximity(lambda: [(weight, sparse[name] - dual[name]) for name, weight in weights.items()], rho)
+    fit(model, training.regularised(penalty), iterations * epochs, progress=after)
 
 
 def _projected(weights: Weights, project: Project) -> dict[str, Tensor]:
     values = {name: weight.detach().clone() for name, weight in weights.items()}
     masks = project(values)
     return {name: value * masks[name].to(value) for name, value in values.items()}
+
+
+def movement(model: nn.Module, training: Training, scores: "Movement", epochs: int) -> None:
+    """Trains ``model`` in place for some epochs while scores are learned with it."""
+    optimizer, schedule = training.made(model)
+    with scores.during(optimizer):
+        fit(model, replace(training, optimizer=optimizer, schedule=schedule), epochs)
 
 
 class Movement:
@@ -134,7 +131,7 @@ class Movement:
 
     @contextmanager
     def during(self, optimizer: Optimizer) -> Iterator[None]:
-        """Learns with every step of ``optimizer`` while the context is open; the masks stay attached until it closes."""
+        """Learns with every step of ``optimizer`` while the context is open; so long are the masks attached."""
         attach_masks(self._model, self.masks())
         self._listen()
         handle = optimizer.register_step_post_hook(self._step)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from graphprune.config_list import Entry, Setting
 
 Schedule = Callable[[float, float, int, int], float]
-"""From the sparsities at the beginning and the end, a round and how many there are, to the sparsity after that round."""
+"""From the sparsities at the beginning and the end, a round and their number, to the sparsity after that round."""
 
 
 def one_shot(initial: float, final: float, i: int, n: int) -> float:

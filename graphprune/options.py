@@ -1,0 +1,105 @@
+"""What the constructors of NNI's pruners take beside a model and a config list, under all its names."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from graphprune.config import closest
+from graphprune.errors import ConfigError
+from graphprune.evidence import ACTIVATIONS
+from graphprune.training import Training
+
+
+class Options(BaseModel):
+    """What the constructors of NNI's pruners take beside a model and a config list.
+
+    Attributes:
+        trainer: ``trainer(model, optimizer, criterion, epoch)``: trains for one epoch.
+        optimizer: Of the model, also called ``traced_optimizer``; or a function of parameters that makes one.
+        criterion: The loss that the trainer is given.
+        training_batches: Batches of which activations or gradients are looked at; also ``statistics_batch_num``.
+        training_epochs: How long slim and movement train, and each turn of ADMM (5 unless told); also ``epochs``.
+        scale: Weight of slim's penalty on the scales of norms.
+        iterations: Turns of ADMM; also ``num_iterations``.
+        rho: Weight of ADMM's penalty on the distance from sparse weights.
+        granularity: Whether ADMM and movement take single elements, or channels.
+        mode: ``global`` ranks all selected layers together. Of the others, ``dependency_aware`` is what is done
+            wherever example inputs are known, with ``normal`` as well.
+        dependency_aware: The same, as the second generation of NNI has it.
+        dummy_input: Example inputs, also called ``example_inputs``: by them is known which layers depend on each other.
+            Those of the first batch are taken if there is a trainer.
+        activation: After which function activations are looked at; all of them unless told.
+        max_sparsity_per_layer: Largest share of one layer that goes where all are ranked together.
+        block: Sizes of the blocks that go whole where single elements would go.
+        warm_up_step: Steps of movement before anything goes.
+        cool_down_beginning_step: The step of movement after which its sparsity stays.
+        score_threshold: Of the sigmoid of movement's scores, which makes it soft; None for hard.
+        regular_scale: Weight of movement's penalty on soft scores.
+        seed: Of everything that is random.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    trainer: Any = None
+    optimizer: Any = Field(None, validation_alias=AliasChoices("optimizer", "traced_optimizer"))
+    criterion: Any = None
+    training_batches: int = Field(20, validation_alias=AliasChoices("training_batches", "statistics_batch_num"))
+    training_epochs: int | None = Field(None, validation_alias=AliasChoices("training_epochs", "epochs"))
+    scale: float = 1e-4
+    iterations: int = Field(30, validation_alias=AliasChoices("iterations", "num_iterations"))
+    rho: float = 1e-4
+    granularity: Literal["fine-grained", "coarse-grained"] = "fine-grained"
+    mode: Literal["normal", "dependency_aware", "global"] = "normal"
+    dependency_aware: bool = False
+    dummy_input: Any = Field(None, validation_alias=AliasChoices("dummy_input", "example_inputs"))
+    activation: str | None = None
+    max_sparsity_per_layer: float = 1.0
+    block: tuple[int, ...] = ()
+    warm_up_step: int = 0
+    cool_down_beginning_step: int = 1
+    score_threshold: float | None = None
+    regular_scale: float = 1.0
+    seed: int = 0
+
+    @field_validator("training_batches", "training_epochs", "iterations")
+    @classmethod
+    def _counts_are_positive(cls, value: int | None) -> int | None:
+        if value is not None and value < 1:
+            raise ValueError("is below 1. Use 1 or more")
+        return value
+
+    @field_validator("activation")
+    @classmethod
+    def _activation_is_known(cls, value: str | None) -> str | None:
+        if value is not None and value not in ACTIVATIONS:
+            raise ValueError(f"is not known. Use one of {', '.join(ACTIVATIONS)}")
+        return value
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "Options":
+        """Returns the options with these values.
+
+        Raises:
+            ConfigError: There is no such option, or a value makes no sense.
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            if first["type"] == "extra_forbidden":
+                known = list(cls.model_fields)
+                raise ConfigError(
+                    f"{name}: is no option of a pruner{closest(name, known)}. Use some of {', '.join(known)}."
+                ) from error
+            why = first["ctx"]["error"] if first["type"] == "value_error" else first["msg"].lower()
+            raise ConfigError(f"{name} {values.get(name)!r}: {why}.") from error
+
+    @property
+    def training(self) -> Training | None:
+        """How the model is trained; None if nobody said."""
+        if self.trainer is None:
+            return None
+        return Training(self.trainer, torch.optim.Adam if self.optimizer is None else self.optimizer, self.criterion)
