@@ -116,6 +116,8 @@ class Pruner:
         self._inputs: ExampleInputs | None = options.dummy_input
         self._known: DependencyGraph | None = None
         self._scores: Weights | None = None
+        self._need = CRITERIA[self.algorithm.criterion or "l1"].need
+        self._watching: tuple[Observer, ExitStack] | None = None
 
     def compress(self, settings: Mapping[str, Setting] | None = None) -> tuple[nn.Module, Masks]:
         """Returns the model, with masks attached, and the masks.
@@ -128,7 +130,7 @@ class Pruner:
         """
         self.settings = dict(settings or self.settings)
         self.learn(self.settings)
-        if CRITERIA[self.algorithm.criterion or "l1"].need == "weights":
+        if self._need == "weights":
             self.prune(self.settings)
         elif self._training is not None:
             self.prune(self.settings, self.observe(self._training))
@@ -145,6 +147,24 @@ class Pruner:
         attach_masks(self.model, found)
         self.masks.clear()
         self.masks.update(found)
+
+    def go_on(self, settings: Mapping[str, Setting]) -> None:
+        """Attaches masks for what is asked now, by what somebody else's loop has shown since the last time.
+
+        What looks at activations or gradients does nothing as long as nothing was shown.
+        """
+        evidence = NOTHING
+        if self._need != "weights":
+            if self._watching is None:
+                self._watch()
+                return
+            observer, stack = self._watching
+            if not observer.count:
+                return
+            stack.close()
+            evidence = observer.evidence(self.options.seed)
+            self._watch()
+        self.prune(settings, evidence)
 
     def learn(self, settings: Mapping[str, Setting]) -> None:
         """Trains the model as the algorithm does before its weights are scored."""
@@ -216,12 +236,11 @@ class Pruner:
         return self._known
 
     def _observer(self) -> Observer:
-        criterion, activation = self.algorithm.criterion, self.options.activation
-        known = self.dependencies
+        activation, known = self.options.activation, self.dependencies
         return Observer(
             self._analysed if known is None else known.analysis,
             self.model,
-            CRITERIA[criterion or "l1"].need,
+            self._need,
             self.options.training_batches,
             tuple(ACTIVATIONS) if activation is None else (activation,),
         )
@@ -231,10 +250,16 @@ class Pruner:
         assert self.dependencies is not None
         return self.dependencies.analysis
 
-    def _wait(self) -> None:
-        """Attaches masks as soon as somebody else's loop has shown enough batches."""
+    def _watch(self) -> tuple[Observer, ExitStack]:
+        """Begins to look on while somebody else's loop runs the model."""
         observer, stack = self._observer(), ExitStack()
         stack.enter_context(observer.watching())
+        self._watching = observer, stack
+        return self._watching
+
+    def _wait(self) -> None:
+        """Attaches masks as soon as somebody else's loop has shown enough batches."""
+        observer, stack = self._watch()
 
         def on_call(*_: Any) -> None:
             if observer.count >= self.options.training_batches:

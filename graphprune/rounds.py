@@ -123,9 +123,7 @@ def config_list_of(settings: Mapping[str, Setting]) -> list[dict[str, Any]]:
             found.append({"op_names": layers, "sparsity": entry.sparsity})
         else:
             most = entry.max_sparsity_per_layer
-            found.append(
-                {"op_names": layers, "total_sparsity": entry.total_sparsity, "max_sparsity_per_layer": most}
-            )
+            found.append({"op_names": layers, "total_sparsity": entry.total_sparsity, "max_sparsity_per_layer": most})
     return found
 
 
@@ -143,7 +141,7 @@ def _widths(model: nn.Module, dense: nn.Module, settings: Mapping[str, Setting])
 def _gone(
     dense: Mapping[str, tuple[int, int]], now: Mapping[str, tuple[int, int]], settings: Mapping[str, Setting]
 ) -> Callable[[str], float]:
-    """Returns the function that says what share of a layer is gone; where several are ranked, of all of their weights."""
+    """Returns what says which share of a layer is gone; where several are ranked, of all of their weights."""
 
     def gone(layer: str) -> float:
         setting = settings[layer]

@@ -45,7 +45,7 @@ def element_masks(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     masks: dict[str, Tensor] = {}
     for entry, layers in _by_entry(settings):
-        weights = {name: parameters[name] for layer in layers for name in _weights(model, layer)}
+        weights = {name: parameters[name] for layer in layers for name in weight_names(model, layer)}
         values = {
             name: _blocked(name, (weight.detach().abs() if scores is None else scores[name]).double(), block)
             for name, weight in weights.items()
@@ -119,10 +119,15 @@ def layer_masks(model: nn.Module, settings: Mapping[str, Setting], criterion: st
             module = model.get_submodule(layer)
             channels = _without_lowest(values[layer], count, groups=_groups(module, count))
             masks[layer] = {
-                name: _along(channels, parameter, int(isinstance(module, _OUTPUTS_LAST)))
+                name: _along(channels, parameter, outputs_along(module))
                 for name, parameter in module.named_parameters(recurse=False)
             }
     return masks
+
+
+def outputs_along(layer: nn.Module) -> int:
+    """Returns the dimension of a layer's weight that has the channels which it produces."""
+    return int(isinstance(layer, _OUTPUTS_LAST))
 
 
 def by_layer(masks: Mapping[str, Tensor]) -> Masks:
@@ -164,8 +169,8 @@ def _without_lowest(values: Tensor, count: int, groups: int = 1) -> Tensor:
     return torch.ones_like(parts).scatter_(1, order, 0.0).reshape(values.shape)
 
 
-def _weights(model: nn.Module, layer: str) -> list[str]:
-    """The names of a layer's weights: what has two dimensions or more, or else the scale of a norm."""
+def weight_names(model: nn.Module, layer: str) -> list[str]:
+    """Returns the names of a layer's weights: what has two dimensions or more, or else the scale of a norm."""
     own = dict(model.get_submodule(layer).named_parameters(recurse=False))
     found = [name for name, parameter in own.items() if parameter.dim() > 1] or [
         name for name in own if name == "weight"
@@ -204,7 +209,7 @@ def _channel_scores(name: str, layer: nn.Module, criterion: str) -> Tensor:
     if is_norm:
         return weight.detach().double().abs()
     of_slice, finish = SLICES[criterion]
-    along = int(isinstance(layer, _OUTPUTS_LAST))
+    along = outputs_along(layer)
     scores = finish(
         of_slice(weight.detach(), [dim for dim in range(weight.dim()) if dim != along]).double().cpu().numpy()
     )

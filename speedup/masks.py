@@ -35,6 +35,7 @@ class ModelSpeedup:
 
     Attributes:
         reconciled: For each masked tensor by name how many channels it masks out that are kept all the same.
+        plan: What is kept of each tensor, by its canonical name.
         proof: The proof, once :meth:`speedup_model` has run.
         difference: Largest difference between the outputs of the shrunk model and of the original with its weights
             multiplied by their masks, relative to the largest output, once :meth:`speedup_model` has run.
@@ -64,6 +65,7 @@ class ModelSpeedup:
         self._masks = {name: self._checked(name, mask) for name, mask in self._values.items()}
         self._live = _rectangular(self._analysis, _produced(self._analysis, self._masks))
         self.reconciled = self._count_reconciled()
+        self.plan = make_plan(self._analysis, self._live)
         self.proof: Proof | None = None
         self.difference: float | None = None
 
@@ -73,7 +75,7 @@ class ModelSpeedup:
         Raises:
             ProofError: The shrunk model is not equal to the original without the removed channels.
         """
-        plan = make_plan(self._analysis, self._live)
+        plan = self.plan
         captured = self._analysis.captured
         shrunk = shrink(captured, plan)
         self.proof = prove(self._analysis, self._live, plan, shrunk.graph)
@@ -86,6 +88,11 @@ class ModelSpeedup:
                     tensor.mul_(kept.to(tensor))
         self.difference = _output_difference(dense, shrunk.model, captured)
         return shrunk.model
+
+    def cut(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns what is left of tensors of the original, by their names in its state dict: averages, first values."""
+        aliases = self._analysis.aliases
+        return {name: self.plan.cut(aliases.get(name, name), tensor) for name, tensor in state.items()}
 
     def _checked(self, name: str, mask: Tensor) -> Mask:
         canonical = self._analysis.aliases.get(name)
