@@ -80,8 +80,8 @@ def fit(
 
     The same seed gives the same weights; the random numbers of the process are afterwards where they were. A run that
     was stopped goes on from the last epoch in its folder, and ends with exactly the weights of one that was not: model,
-    optimizer, schedule and random numbers are what they were (what hooks, evaluators and worker processes of a loader
-    remember is not: hooks are told the number of the epoch).
+    optimizer, schedule and random numbers are what they were. What hooks, criteria, evaluators and lasting workers of a
+    loader remember is not: hooks are told the number of the epoch.
 
     Args:
         model: The model; it ends in the mode that it began in.

@@ -103,7 +103,7 @@ class Watched(_Wrapped):
         """The loss, noted while gradients are on."""
         loss = self.criterion(*args, **kwargs)
         if isinstance(loss, Tensor) and torch.is_grad_enabled():
-            value = float(loss.detach().double().mean())
+            value = float(loss.detach().mean())
             if not math.isfinite(value):
                 raise TrainingError(
                     f"loss: is {value} in epoch {self.number} after {self.calls} batches. Lower the learning rate, "

@@ -238,9 +238,11 @@ def _cut_factors(
         row, col = row.unsqueeze(-1), col.unsqueeze(-2)
     if row.shape != (*batch, rows, 1) or col.shape != (*batch, 1, cols) or rows * cols == 1:
         return None
-    tiny = torch.finfo(row.dtype).tiny
+    types, tiny = (row.dtype, col.dtype), torch.finfo(torch.float64).tiny
+    row, col = row.double(), col.double()
     estimate = plan.cut(name, row * (col / row.mean(-2, keepdim=True).clamp(min=tiny)))
     row, col = estimate.mean(-1, keepdim=True), estimate.mean(-2, keepdim=True)
-    if not torch.allclose(row * (col / row.mean(-2, keepdim=True).clamp(min=tiny)), estimate, rtol=1e-3, atol=tiny):
+    if not torch.allclose(row * (col / row.mean(-2, keepdim=True).clamp(min=tiny)), estimate, rtol=1e-6, atol=0.0):
         return None  # the outputs of a grouped weight keep other inputs
+    row, col = (factor.to(dtype) for factor, dtype in zip((row, col), types, strict=True))
     return (row.squeeze(-1), col.squeeze(-2)) if flat else (row, col)

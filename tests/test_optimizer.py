@@ -5,17 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, ReduceLROnPlateau, SequentialLR, StepLR
 
 import graphprune
 from graphprune.errors import ConfigError
 from graphprune.optimizer import Moved, follow, follow_schedule
 from speedup.cut import ShrunkGraph
-from speedup.plan import ShrinkPlan
+from speedup.plan import Axis, ShrinkPlan
 
 pytestmark = pytest.mark.usefixtures("quiet_and_quick")
 
@@ -162,6 +162,51 @@ def test_the_shrunk_model_trains_as_the_masked_one_does(net, shape, options, mak
         torch.testing.assert_close(shrunk[name], result.plan.cut(name, parameter), rtol=0, atol=1e-6)
 
 
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("name", ["Adadelta", "Adamax", "ASGD", "NAdam", "RAdam", "Rprop"])
+def test_other_optimizers_of_torch(name: str) -> None:
+    """Two layers that are cut by hand train as the masked ones do."""
+    kept = np.array([1, 2, 4])
+    plan = ShrinkPlan({Axis("0.weight", 0): kept, Axis("0.bias", 0): kept, Axis("2.weight", 1): kept})
+    dense, shrunk = (nn.Sequential(nn.Linear(3, size), nn.Tanh(), nn.Linear(size, 5)) for size in (6, 3))
+    optimizer = getattr(torch.optim, name)(dense.parameters(), lr=0.01)
+    train(dense, optimizer, batches((3,), 3))
+    followed = follow(optimizer, dense, Moved(shrunk, plan))
+
+    def mask(what: str) -> None:
+        with torch.no_grad():
+            for one in (dense[0].weight, dense[0].bias, dense[2].weight.T):
+                one.index_fill_(0, torch.tensor([0, 3, 5]), 0.0)
+
+    mask("weights")
+    with torch.no_grad():
+        for key, parameter in shrunk.named_parameters():
+            parameter.copy_(plan.cut(key, dense.get_parameter(key)))
+    before = shrunk[0].weight.clone()
+    train(dense, optimizer, batches((3,), 5), mask)
+    train(shrunk, followed, batches((3,), 5))
+    assert not torch.equal(before, shrunk[0].weight)
+    for key, parameter in shrunk.named_parameters():
+        torch.testing.assert_close(parameter, plan.cut(key, dense.get_parameter(key)), rtol=0, atol=1e-6)
+
+
+def test_what_is_remembered_of_all_parameters_together_is_refused() -> None:
+    dense = square_net()
+    optimizer = torch.optim.LBFGS(dense.parameters(), max_iter=2)
+    result = compressed(dense, torch.randn(2, 3, 2, 2))
+    assert len(follow(optimizer, dense, result).param_groups[0]["params"]) == 8  # there is nothing yet
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = dense(torch.ones(2, 3, 2, 2)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with pytest.raises(ConfigError, match=r"0\.weight: \w+ of its optimizer has shape"):
+        follow(optimizer, dense, result)
+
+
 def test_a_followed_optimizer_is_another_than_a_new_one() -> None:
     dense = ConvNet().eval()
     optimizer = OPTIMIZERS["AdamW"](dense.parameters())
@@ -210,11 +255,20 @@ def test_momentum_is_cut_and_groups_keep_their_options() -> None:
     )
 
 
+schedules = torch.optim.lr_scheduler
 SCHEDULES = {
-    "step": lambda optimizer: StepLR(optimizer, 3, 0.1),
-    "cosine": lambda optimizer: CosineAnnealingLR(optimizer, 10),
-    "sequence": lambda optimizer: SequentialLR(
-        optimizer, [LinearLR(optimizer, 0.1, total_iters=4), CosineAnnealingLR(optimizer, 6)], [4]
+    "step": lambda optimizer: schedules.StepLR(optimizer, 3, 0.1),
+    "milestones": lambda optimizer: schedules.MultiStepLR(optimizer, [2, 8]),
+    "cosine": lambda optimizer: schedules.CosineAnnealingLR(optimizer, 10),
+    "restarts": lambda optimizer: schedules.CosineAnnealingWarmRestarts(optimizer, 3),
+    "one cycle": lambda optimizer: schedules.OneCycleLR(optimizer, 0.5, 20),
+    "cyclic": lambda optimizer: schedules.CyclicLR(optimizer, 0.01, 0.1, 3, mode="triangular2"),
+    "lambda": lambda optimizer: schedules.LambdaLR(optimizer, lambda epoch: 0.9**epoch),
+    "chained": lambda optimizer: schedules.ChainedScheduler(
+        [schedules.ConstantLR(optimizer, 0.1, 4), schedules.ExponentialLR(optimizer, 0.9)]
+    ),
+    "sequence": lambda optimizer: schedules.SequentialLR(
+        optimizer, [schedules.LinearLR(optimizer, 0.1, total_iters=4), schedules.PolynomialLR(optimizer, 6)], [4]
     ),
 }
 
@@ -223,28 +277,23 @@ SCHEDULES = {
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.filterwarnings("error:.*lr_scheduler")
 def test_a_schedule_goes_on(schedule, begun: int) -> None:
-    dense = ConvNet()
-    optimizer = torch.optim.SGD(dense.parameters(), lr=0.1)
+    model, rates = nn.Linear(2, 2), {}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     old = schedule(optimizer)
     steps = [(optimizer.step(), old.step()) for _ in range(begun)]
     assert len(steps) == begun
-    result = compressed(dense, torch.randn(2, 3, 6, 6))
-    followed = follow(optimizer, dense, result)
+    followed = follow(optimizer, model, Moved(copy.deepcopy(model)))
     new = follow_schedule(old, optimizer, followed)
-    assert new.optimizer is followed and followed.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
-    rates: dict[str, list[float]] = {"old": [], "new": []}
+    assert followed.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
     for name, one, its in (("new", new, followed), ("old", old, optimizer)):  # one after the other: nothing is shared
-        for _ in range(8):
-            its.step()
-            one.step()
-            rates[name].append(its.param_groups[0]["lr"])
+        rates[name] = [(its.step(), one.step(), its.param_groups[0]["lr"], *one.get_last_lr())[2:] for _ in range(8)]
     assert rates["old"] == rates["new"] and len(set(rates["old"])) > 1
 
 
 def test_a_schedule_by_plateaus_goes_on() -> None:
     dense = ConvNet()
     optimizer = torch.optim.SGD(dense.parameters(), lr=0.1)
-    old = ReduceLROnPlateau(optimizer, patience=1, factor=0.5)
+    old = schedules.ReduceLROnPlateau(optimizer, patience=1, factor=0.5)
     old.step(1.0)
     old.step(1.0)
     followed = follow(optimizer, dense, compressed(dense, torch.randn(2, 3, 6, 6)))
@@ -257,7 +306,7 @@ def test_the_schedule_of_another_optimizer_is_refused() -> None:
     model = ConvNet()
     one, other = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
     with pytest.raises(ConfigError, match="StepLR: belongs to another optimizer"):
-        follow_schedule(StepLR(one, 3), other, one)
+        follow_schedule(schedules.StepLR(one, 3), other, one)
 
 
 def test_tied_weights_and_recurrent_layers() -> None:

@@ -127,9 +127,25 @@ FORMS = {
 def test_the_forms_of_a_batch(batch, given: bool) -> None:
     torch.manual_seed(0)
     model = Scaled()
-    expected = float(nn.functional.cross_entropy(model(X), Y))
+    expected = nn.functional.cross_entropy(model(X), Y).item()
     fitted = fit(model, Training.on([batch], nn.functional.cross_entropy if given else None, optimizer=sgd), 2)
     assert fitted.epochs[0].loss == pytest.approx(expected) and fitted.epochs[1].loss < expected
+
+
+def test_a_model_of_transformers_brings_its_loss() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "vocab_size": 12,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes))
+    tokens = torch.arange(40).reshape(5, 8) % 12
+    batch = transformers.BatchEncoding({"input_ids": tokens, "labels": torch.tensor([0, 1, 0, 1, 1])})
+    fitted = fit(model, Training.on([batch], optimizer=sgd), 20)
+    assert fitted.epochs[-1].loss < fitted.epochs[0].loss / 2
 
 
 class Pairs(Scaled):
@@ -399,13 +415,23 @@ def test_training_ends_when_the_loss_gets_no_lower() -> None:
 
 # --- stopped and resumed ----------------------------------------------------------------------------------------------
 
+schedules = torch.optim.lr_scheduler
 RUNS = {
     "SGD": (sgd, None),
     "AdamW": (torch.optim.AdamW, None),
-    "schedule": (sgd, lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.1)),
-    "milestones": (sgd, lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 2, 2])),
-    "plateau": (sgd, lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)),
-    "cosine": (torch.optim.AdamW, lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)),
+    "schedule": (sgd, lambda optimizer: schedules.StepLR(optimizer, 2, 0.1)),
+    "milestones": (sgd, lambda optimizer: schedules.MultiStepLR(optimizer, [1, 2, 2])),
+    "plateau": (sgd, lambda optimizer: schedules.ReduceLROnPlateau(optimizer, patience=0)),
+    "cosine": (torch.optim.AdamW, lambda optimizer: schedules.CosineAnnealingLR(optimizer, 5)),
+    "one cycle": (torch.optim.AdamW, lambda optimizer: schedules.OneCycleLR(optimizer, 0.1, 6)),
+    "cyclic": (sgd, lambda optimizer: schedules.CyclicLR(optimizer, 0.01, 0.1, 2)),
+    "lambda": (sgd, lambda optimizer: schedules.LambdaLR(optimizer, lambda epoch: 0.5**epoch)),
+    "sequence": (
+        torch.optim.RMSprop,
+        lambda optimizer: schedules.SequentialLR(
+            optimizer, [schedules.LinearLR(optimizer, 0.1), schedules.ExponentialLR(optimizer, 0.5)], [2]
+        ),
+    ),
 }
 
 
