@@ -1,5 +1,6 @@
 """Training epoch after epoch, to the last of them or until nothing gets better; what was stopped goes on."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from graphprune.errors import ConfigError, TrainingError
-from graphprune.snapshot import load_snapshot, newest_snapshot, save_snapshot, seeded
+from graphprune.snapshot import load_best, load_snapshot, newest_snapshot, save_snapshot, seeded
 from graphprune.training import Hooks, Loop, Training
 
 Evaluator = Callable[[nn.Module], float]
@@ -44,7 +45,7 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Fit:
-    """What training came to; the model has the weights of the last epoch.
+    """What training came to.
 
     Attributes:
         epochs: All epochs, those before a resumption included.
@@ -75,6 +76,7 @@ def fit(
     patience: int | None = None,
     folder: Path | str | None = None,
     resume: bool = False,
+    keep: Literal["last", "best"] = "last",
 ) -> Fit:
     """Trains ``model``, which is changed, and returns how it went.
 
@@ -95,22 +97,26 @@ def fit(
         patience: Ends training after so many epochs without a better score, or without an evaluator a lower loss.
         folder: Where a snapshot is written after each epoch; only the last is kept.
         resume: Goes on with what is in the folder, if there is something.
+        keep: Whether the model ends with the weights of the last epoch or of the best one; the optimizer is always that
+            of the last.
 
     Raises:
         ConfigError: An option makes no sense, or the folder holds a run that should not be resumed.
         ModelError: The folder holds the run of another model or optimizer.
         TrainingError: A loss, a weight or a score is no number, or the trainer trains something else than the model.
     """
-    _check(epochs, patience, optimize_mode, folder, resume)
+    _check(epochs, patience, optimize_mode, keep, folder, resume)
     generators = training.trainer.generators if isinstance(training.trainer, Loop) else []
     with seeded(seed), _modes_kept(model):
         optimizer, schedule = training.made(model)
         done: list[Epoch] = []
         found = newest_snapshot(Path(folder)) if folder is not None else None
         if found is not None:
-            done = [Epoch(**fact) for fact in load_snapshot(found, model, optimizer, schedule, generators)]
+            facts = load_snapshot(found, model, optimizer, schedule, generators)
+            done = [Epoch(**fact) for fact in facts]
         better = evaluator is None or optimize_mode == "minimize"
         best = _best(done, lower=better)
+        champion = load_best(found) if found is not None and keep == "best" else None
         while len(done) < epochs and not _lame(done, best, patience):
             number, rate = len(done), float(optimizer.param_groups[0]["lr"])
             loss = training.epoch(model, optimizer, number, hooks)
@@ -118,11 +124,17 @@ def fit(
             _advance(schedule, loss if score is None else score)
             done.append(Epoch(number, loss, score, rate))
             best = _best(done, lower=better)
-            if patience is not None and best is None:
-                raise ConfigError("patience: needs a loss or a score, and there is neither. Give an evaluator.")
+            if best is None and (patience is not None or keep == "best"):
+                what = "keep" if patience is None else "patience"
+                raise ConfigError(f"{what}: needs a loss or a score, and there is neither. Give an evaluator.")
+            if keep == "best" and best == number:
+                champion = copy.deepcopy(model.state_dict())
             if folder is not None:
-                save_snapshot(Path(folder), model, optimizer, schedule, generators, [asdict(one) for one in done])
+                facts = [asdict(one) for one in done]
+                save_snapshot(Path(folder), model, optimizer, schedule, generators, facts, champion)
             progress(done[-1])
+        if champion is not None:
+            model.load_state_dict(champion)
     return Fit(tuple(done), best, _lame(done, best, patience), optimizer, schedule)
 
 
@@ -146,12 +158,13 @@ def evaluated(evaluator: Evaluator, model: nn.Module) -> float:
     return score
 
 
-def _check(epochs: int, patience: int | None, mode: str, folder: Path | str | None, resume: bool) -> None:
+def _check(epochs: int, patience: int | None, mode: str, keep: str, folder: Path | str | None, resume: bool) -> None:
     for name, value, least in (("epochs", epochs, 0), ("patience", patience, 1)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ConfigError(f"{name}: is {value!r}. Give a whole number, at least {least}.")
-    if mode not in ("maximize", "minimize"):
-        raise ConfigError(f"optimize_mode: is {mode!r}. Give maximize or minimize.")
+    for name, word, words in (("optimize_mode", mode, ("maximize", "minimize")), ("keep", keep, ("last", "best"))):
+        if word not in words:
+            raise ConfigError(f"{name}: is {word!r}. Give {' or '.join(words)}.")
     if folder is None:
         if resume:
             raise ConfigError("resume: there is no folder to go on from. Give the folder of the run.")

@@ -1,7 +1,8 @@
 """A training run between two epochs in a folder, so that another process goes on as if nothing had happened.
 
-``epoch-00003/`` holds ``weights.safetensors`` (the model), ``state.safetensors`` and ``state.json`` (everything else);
-nothing is pickled. A snapshot gets its name when it is whole, and the one before it goes after that.
+``epoch-00003/`` holds ``weights.safetensors`` (the model), ``state.safetensors`` and ``state.json`` (everything else), and
+``best.safetensors`` if the best weights are kept too; nothing is pickled. A snapshot gets its name when it is whole, and
+the one before it goes after that.
 """
 
 import json
@@ -24,7 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from graphprune.errors import ConfigError, ModelError
 from graphprune.weights import load_weights, read_weights, save_tensors, save_weights
 
-WEIGHTS, TENSORS, STATE = "weights.safetensors", "state.safetensors", "state.json"
+WEIGHTS, BEST, TENSORS, STATE = "weights.safetensors", "best.safetensors", "state.safetensors", "state.json"
 _NAME = re.compile(r"epoch-(\d{5,})")
 
 
@@ -35,6 +36,7 @@ def save_snapshot(
     schedule: LRScheduler | None,
     generators: Sequence[torch.Generator],
     facts: Any,
+    best: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes what a run has come to, and removes what was written of it before.
 
@@ -45,6 +47,7 @@ def save_snapshot(
         schedule: Its state.
         generators: Further sources of random numbers than those of torch, numpy and Python.
         facts: Plain data: one for each epoch that is done.
+        best: The state dict of an earlier epoch, to be kept beside.
 
     Raises:
         ConfigError: The folder cannot be written.
@@ -65,6 +68,8 @@ def save_snapshot(
         draft.mkdir(parents=True)
         save_weights(model, draft / WEIGHTS)
         save_tensors(tensors, draft / TENSORS)
+        if best is not None:
+            save_tensors({name: tensor.clone() for name, tensor in best.items()}, draft / BEST)
         (draft / STATE).write_text(json.dumps(state), encoding="utf-8")
         draft.rename(folder / f"epoch-{len(facts):05d}")
     except OSError as error:
@@ -120,6 +125,17 @@ def load_snapshot(
         schedule.load_state_dict(planned)
     set_random_state(numbers, generators)
     return state["facts"]
+
+
+def load_best(path: Path) -> dict[str, Tensor]:
+    """Returns the best weights that a snapshot keeps.
+
+    Raises:
+        ModelError: It keeps none.
+    """
+    if not (path / BEST).is_file():
+        raise ModelError(f"{path}: was written without the best weights. Resume it with keep='last'.")
+    return read_weights(path / BEST)
 
 
 def _load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], path: Path) -> None:

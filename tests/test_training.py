@@ -319,6 +319,8 @@ def test_an_evaluator_sees_the_model_in_eval_mode(said) -> None:
         (lambda: fit(net(), Training.on([X]), -1), "epochs: is -1"),
         (lambda: fit(net(), Training.on([X]), 1, patience=0), "patience: is 0"),
         (lambda: fit(net(), Training.on([X]), 1, optimize_mode="max"), "optimize_mode: is 'max'"),
+        (lambda: fit(net(), Training.on([X]), 1, keep="first"), "keep: is 'first'. Give last or best"),
+        (lambda: fit(net(), Training(lambda *a: None, sgd), 1, keep="best"), "keep: needs a loss or a score"),
         (lambda: fit(net(), Training.on([X]), 1, resume=True), "resume: there is no folder"),
         (lambda: fit(net(), Training.on([X]), 1, folder="/nowhere/at/all"), "there is no folder /nowhere/at to make"),
         (lambda: fit(net(), Training(lambda *a: None, sgd), 1, patience=1), "patience: needs a loss or a score"),
@@ -370,7 +372,7 @@ def test_the_penalty_of_admm() -> None:
     z, u = torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.25])
     penalty = proximity(lambda: [(weight, z - u)], rho=0.1)
     penalty().backward()
-    assert float(penalty()) == pytest.approx(0.05 * (0.5**2 + 1.75**2))
+    assert penalty().item() == pytest.approx(0.05 * (0.5**2 + 1.75**2))
     torch.testing.assert_close(weight.grad, 0.1 * torch.tensor([0.5, -1.75]))
 
 
@@ -411,6 +413,33 @@ def test_training_ends_when_the_loss_gets_no_lower() -> None:
     model[1].momentum = 0.0
     fitted = fit(model, Training.on(list(loader()), nn.CrossEntropyLoss(), optimizer=training.optimizer), 9, patience=3)
     assert fitted.stopped and fitted.best == 0 and len(fitted.epochs) == 4
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_best_weights_are_kept(tmp_path: Path, killed: bool) -> None:
+    training, seen = Training.on(loader(), nn.CrossEntropyLoss(), optimizer=sgd), []
+
+    def evaluator(model: nn.Module) -> float:
+        seen.append(copy.deepcopy(model))
+        return [2.0, 3.0, 1.5, 1.0, 2.5][len(seen) - 1]
+
+    def die(epoch: Epoch) -> None:
+        if killed and epoch.epoch == 2:
+            raise Killed
+
+    model, options = net(), {"evaluator": evaluator, "keep": "best", "folder": tmp_path / "run"}
+    if killed:
+        with pytest.raises(Killed):
+            fit(model, training, 5, progress=die, **options)
+        model = net()
+    fitted = fit(model, training, 5, resume=killed, **options)
+    assert fitted.best == 1 and len(seen) == 5 and same(model, seen[1]) and not same(model, seen[4])
+    last = net()
+    fit(last, training, 5, evaluator=evaluator, folder=tmp_path / "run", resume=True)
+    assert same(last, seen[4])
+    fit(last, training, 6, evaluator=lambda model: 0.0, folder=tmp_path / "run", resume=True)
+    with pytest.raises(ModelError, match="was written without the best weights"):
+        fit(net(), training, 7, resume=True, **options)
 
 
 # --- stopped and resumed ----------------------------------------------------------------------------------------------
