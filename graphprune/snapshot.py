@@ -1,8 +1,8 @@
 """A training run between two epochs in a folder, so that another process goes on as if nothing had happened.
 
-``epoch-00003/`` holds ``weights.safetensors`` (the model), ``state.safetensors`` and ``state.json`` (everything else), and
-``best.safetensors`` if the best weights are kept too; nothing is pickled. A snapshot gets its name when it is whole, and
-the one before it goes after that.
+``epoch-00003/`` holds ``weights.safetensors`` (the model), ``state.safetensors`` and ``state.json`` (everything else),
+and ``best.safetensors`` if the best weights are kept too; nothing is pickled. A snapshot gets its name when it is
+whole, and the one before it goes after that.
 """
 
 import json
