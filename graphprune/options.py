@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from torch import nn
 
 from graphprune.config import closest
 from graphprune.errors import ConfigError
@@ -99,7 +100,12 @@ class Options(BaseModel):
 
     @property
     def training(self) -> Training | None:
-        """How the model is trained; None if nobody said."""
+        """How the model is trained; None if nobody said.
+
+        Given nothing but a trainer, it is that of the first generation of NNI: Adam and the cross entropy.
+        """
         if self.trainer is None:
             return None
-        return Training(self.trainer, torch.optim.Adam if self.optimizer is None else self.optimizer, self.criterion)
+        if self.optimizer is None:
+            return Training(self.trainer, torch.optim.Adam, self.criterion or nn.CrossEntropyLoss())
+        return Training(self.trainer, self.optimizer, self.criterion)

@@ -43,3 +43,12 @@ def deliveries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Delivery]:
 def plain(deliveries: dict[str, Delivery], tmp_path: Path) -> Path:
     """The folder of the plain model, to be spoilt."""
     return Path(shutil.copytree(deliveries["plain"].folder, tmp_path / "plain"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # one of several processes, each of which has a core
+        torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--manuals", metavar="FOLDER", help="Manuals of other systems whose code examples should run.")
