@@ -1,17 +1,21 @@
 """Operators in double precision, on whole tensors and on masked ones: norms, means and variances count what is left."""
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from speedup.analysis import Analysis
+from speedup.labels import Labels, Mask
+from speedup.rules import rule_for
 from speedup.rules.call import raw_argument
 
 aten = torch.ops.aten
-_UNSET = (aten.empty.memory_format, aten.new_empty.default, aten.empty_like.default)
+UNSET = (aten.empty.memory_format, aten.new_empty.default, aten.empty_like.default)
 """Operators whose content is whatever memory held; the proof takes zeros."""
 
 
@@ -21,7 +25,7 @@ def execute(node: fx.Node, values: Mapping[str, Any]) -> Any:
     args, kwargs = pytree.tree_map(_exact, (tuple(args), dict(kwargs)))
     if node.target in _EXACTLY:
         return _EXACTLY[node.target](*args, **kwargs)
-    if node.target in _UNSET:
+    if node.target in UNSET:
         return torch.zeros_like(node.target(*args, **kwargs))
     if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         with torch.random.fork_rng(devices=[]):
@@ -163,3 +167,69 @@ MASKED: Mapping[Any, Callable[[fx.Node, Mapping[str, Any], Tensor], Any]] = {
     ),
 }  # fmt: skip
 """The operators whose masked form is not the operator on masked values."""
+
+
+def masked(analysis: Analysis, live: Mask, node: fx.Node, values: Mapping[str, Any]) -> Any:
+    """Runs one call of the masked original: what is gone of its operands is zero in ``values``, and is in the result.
+
+    Args:
+        analysis: The captured model and its labels.
+        live: Which classes live, shape (classes,).
+        node: A call of its graph.
+        values: What every node before it holds, exact.
+    """
+    rule = rule_for(node.target)
+    special = MASKED.get(node.target)
+    source = node.args[0].name if node.args and isinstance(node.args[0], fx.Node) else None
+    before = analysis.labels.get(source) if source is not None else None
+    inside = None
+    if special is not None and isinstance(before, Labels):
+        inside = analysis.classes.live_mask(before, live)
+    if inside is not None and special is not None and source is not None:
+        result = special(node, values, inside.expand(values[source].shape))
+    else:
+        result = execute(node, values)
+    if rule is not None and rule.moves:
+        return result
+    return silenced(analysis, live, result, analysis.labels[node.name], in_place=is_in_place(node))
+
+
+def silenced(analysis: Analysis, live: Mask, value: Any, labels: Any, *, in_place: bool = False) -> Any:
+    """Returns ``value``, a tensor or a list of them, with zeros where something is gone.
+
+    Args:
+        analysis: The captured model and its labels.
+        live: Which classes live, shape (classes,).
+        value: What a node holds.
+        labels: Its labels.
+        in_place: Whether the tensor itself gets the zeros, so that what shares its memory has them too.
+    """
+    if isinstance(value, list | tuple) and isinstance(labels, list):
+        return [
+            silenced(analysis, live, item, label, in_place=in_place) for item, label in zip(value, labels, strict=False)
+        ]
+    if not isinstance(value, Tensor) or not isinstance(labels, Labels):
+        return value
+    mask = analysis.classes.live_mask(labels, live)
+    if mask is None:
+        return value
+    if in_place:
+        return value.masked_fill_(~mask.expand(value.shape), 0)
+    return value.masked_fill(~mask, 0)
+
+
+def is_in_place(node: fx.Node) -> bool:
+    """Whether a call writes to one of its operands."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+@contextmanager
+def exact_defaults() -> Iterator[None]:
+    """Makes double the type of tensors that a graph makes without naming one."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)

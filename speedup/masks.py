@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from speedup.analysis import Analysis, analyse
 from speedup.capture import Captured, attribute, capture
 from speedup.cut import shrink_graph
 from speedup.errors import PlanError
+from speedup.folding import find_leftovers
 from speedup.inputs import ExampleInputs
 from speedup.labels import Index, Mask, support
 from speedup.masking import flat_masks, without_masks
@@ -68,6 +70,8 @@ class ModelSpeedup:
         self.plan = make_plan(self._analysis, self._live)
         self.proof: Proof | None = None
         self.difference: float | None = None
+        self.folded: dict[str, float] = {}
+        self.left_behind: dict[str, str] = {}
 
     def speedup_model(self) -> nn.Module:
         """Returns the shrunk model: the class of the original where its code still fits, else the rewritten graph.
@@ -86,6 +90,12 @@ class ModelSpeedup:
                 for graph, kept in ((dense, mask), (shrunk.graph, plan.cut(canonical, mask))):
                     tensor = attribute(graph, canonical)
                     tensor.mul_(kept.to(tensor))
+            leftovers = find_leftovers(self._analysis, self._live, partial(attribute, dense))
+            for name, amount in leftovers.folds.items():
+                tensor, added = attribute(shrunk.graph, name), plan.cut(name, amount)
+                tensor.copy_(tensor.double() + added.to(tensor.device))
+        self.folded = {name: float(amount.abs().max()) for name, amount in leftovers.folds.items()}
+        self.left_behind = dict(leftovers.left)
         self.difference = _output_difference(dense, shrunk.model, captured)
         return shrunk.model
 

@@ -52,6 +52,16 @@ def varied(value: Any, generator: torch.Generator) -> Any:
     return (value * (1 - noise / 4)).to(value.dtype)
 
 
+def exact(value: Any) -> Any:
+    """A tensor on the CPU, in double precision if it holds floats; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach().cpu()
+    if value.is_complex():
+        return value.to(torch.complex128)
+    return value.double() if value.is_floating_point() else value
+
+
 def relative_difference(expected: Tensor, found: Tensor, floor: float = 0.0) -> float:
     """Returns the largest |expected - found| relative to the numbers around it; infinite if nan or inf stand elsewhere.
 

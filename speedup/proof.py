@@ -20,12 +20,11 @@ from speedup.errors import BUG, ProofError, first_line
 from speedup.growth import check_growth
 from speedup.inputs import ExampleInputs, batch_size
 from speedup.labels import Labels, Mask
-from speedup.masked import MASKED, execute
-from speedup.numeric import perturbed, relative_difference, varied
+from speedup.masked import exact_defaults, execute, masked
+from speedup.numeric import exact, perturbed, relative_difference, varied
 from speedup.plan import ShrinkPlan
 from speedup.planning import live_from_keep
 from speedup.program import evaluating
-from speedup.rules import rule_for
 
 aten = torch.ops.aten
 TOLERANCE = 1e-9
@@ -76,13 +75,8 @@ def prove(
         ProofError: They differ; the message names the first node at which they do.
     """
     run = _Lockstep(analysis, live, plan, shrunk, seed, written)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)  # of tensors that the graph makes without naming a type
-    try:
-        with torch.no_grad(), evaluating(shrunk):
-            proof = run.proof()
-    finally:
-        torch.set_default_dtype(default)
+    with exact_defaults(), torch.no_grad(), evaluating(shrunk):
+        proof = run.proof()
     if analysis.captured.fixed_batch is None:
         check_growth(analysis.captured, shrunk)
     return proof
@@ -120,12 +114,12 @@ class _Lockstep:
         self.seeds = {name: seed + place for place, name in enumerate(analysis.parameters, 1)}
         self.sizes: dict[str, float] = {}  # largest magnitude of each node's value
         generator = torch.Generator().manual_seed(seed)
-        self.inputs = [_exact(varied(_on_cpu(leaf), generator)) for leaf in analysis.captured.flat_inputs()]
+        self.inputs = [exact(varied(leaf, generator)) for leaf in analysis.captured.flat_inputs()]
 
     def proof(self) -> Proof:
         dense_nodes = {node.name: node for node in self.analysis.captured.nodes}
-        dense_ends = _last_uses(self.analysis.captured.graph_module.graph)
-        small_ends = _last_uses(self.shrunk.graph)
+        dense_ends = last_uses(self.analysis.captured.graph_module.graph)
+        small_ends = last_uses(self.shrunk.graph)
         dense: dict[str, Any] = {}
         small: dict[str, Any] = {}
         inputs = iter(self.inputs)
@@ -143,7 +137,7 @@ class _Lockstep:
             else:
                 small[node.name] = self._call(node, small)
                 if twin is not None:
-                    dense[node.name] = self._masked(twin, dense)
+                    dense[node.name] = masked(self.analysis, self.live, twin, dense)
             if twin is not None and node.op != "output":
                 far = self._distance(twin, dense[node.name], small[node.name])
                 compared += 1
@@ -183,35 +177,6 @@ class _Lockstep:
             raise ProofError(
                 f"{node.name}: the shrunk graph fails there ({first_line(error)}){at_source(node)}. {BUG}"
             ) from error
-
-    def _masked(self, node: fx.Node, values: Mapping[str, Any]) -> Any:
-        rule = rule_for(node.target)
-        special = MASKED.get(node.target)
-        source = node.args[0].name if node.args and isinstance(node.args[0], fx.Node) else None
-        before = self.analysis.labels.get(source) if source is not None else None
-        inside = None
-        if special is not None and isinstance(before, Labels):
-            inside = self.analysis.classes.live_mask(before, self.live)
-        if inside is not None and special is not None and source is not None:
-            result = special(node, values, inside.expand(values[source].shape))
-        else:
-            result = execute(node, values)
-        if rule is not None and rule.moves:
-            return result
-        labels = self.analysis.labels[node.name]
-        return self._silence(result, labels, in_place=_is_in_place(node))
-
-    def _silence(self, result: Any, labels: Any, in_place: bool) -> Any:
-        if isinstance(result, list | tuple) and isinstance(labels, list):
-            return [self._silence(item, label, in_place) for item, label in zip(result, labels, strict=False)]
-        if not isinstance(result, Tensor) or not isinstance(labels, Labels):
-            return result
-        mask = self.analysis.classes.live_mask(labels, self.live)
-        if mask is None:
-            return result
-        if in_place:
-            return result.masked_fill_(~mask.expand(result.shape), 0)
-        return result.masked_fill(~mask, 0)
 
     def _distance(self, node: fx.Node, dense: Any, small: Any) -> float:
         labels = self.analysis.labels.get(node.name)
@@ -262,23 +227,8 @@ class _Lockstep:
         return picked.permute([order.index(dim) for dim in range(value.dim())])
 
 
-def _on_cpu(value: Any) -> Any:
-    return value.cpu() if isinstance(value, Tensor) else value
-
-
-def _exact(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.is_complex():
-        return value.detach().to(torch.complex128)
-    return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
 def _fresh(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
-
-
-def _is_in_place(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and bool(schema.is_mutable)
 
 
 def _largest(value: Tensor) -> float:
@@ -303,7 +253,7 @@ def _late(graph: fx.Graph, twins: Mapping[str, fx.Node]) -> list[fx.Node]:
     return [own[name] for name in order]
 
 
-def _last_uses(graph: fx.Graph) -> dict[str, list[str]]:
+def last_uses(graph: fx.Graph) -> dict[str, list[str]]:
     """For each node the values that are not needed after it."""
     seen: set[str] = set()
     ends: dict[str, list[str]] = {}

@@ -98,17 +98,17 @@ _WHOLE = (
     aten.softmax.int, aten.log_softmax.int, aten._softmax.default, aten._log_softmax.default, aten.cumsum.default,
     aten.cumprod.default, aten.sort.default, aten.topk.default, aten.logcumsumexp.default,
 )  # fmt: skip
-_PLANAR = (
+PLANAR = (
     "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "max_pool2d_with_indices",
     "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_nearest_exact2d",
     "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "lp_pool2d", "reflection_pad2d",
     "replication_pad2d", "grid_sampler_2d", "tril", "triu",
 )  # fmt: skip
-_LINEAR = (
+LINEAR = (
     "max_pool1d", "max_pool1d_with_indices", "avg_pool1d", "adaptive_avg_pool1d", "adaptive_max_pool1d",
     "upsample_nearest1d", "upsample_linear1d", "reflection_pad1d", "replication_pad1d",
 )  # fmt: skip
-_VOLUME = (
+VOLUME = (
     "max_pool3d", "max_pool3d_with_indices", "avg_pool3d", "adaptive_avg_pool3d", "adaptive_max_pool3d",
     "upsample_nearest3d", "upsample_trilinear3d", "reflection_pad3d", "replication_pad3d",
 )  # fmt: skip
@@ -121,9 +121,9 @@ RULES: dict[object, Rule] = {
     **dict.fromkeys(_SUMS, Rule("reduction", reduced)),
     **dict.fromkeys(_CHOICES, Rule("reduction", chosen)),
     **dict.fromkeys(_WHOLE, Rule("mixing", whole)),
-    **dict.fromkeys(present(_LINEAR), Rule("pooling", over_space(-1))),
-    **dict.fromkeys(present(_PLANAR), Rule("pooling", over_space(-2))),
-    **dict.fromkeys(present(_VOLUME), Rule("pooling", over_space(-3))),
+    **dict.fromkeys(present(LINEAR), Rule("pooling", over_space(-1))),
+    **dict.fromkeys(present(PLANAR), Rule("pooling", over_space(-2))),
+    **dict.fromkeys(present(VOLUME), Rule("pooling", over_space(-3))),
     **dict.fromkeys((aten.fractional_max_pool2d.default, aten.fractional_max_pool3d.default), Rule("pooling", drawn)),
     **dict.fromkeys(present(_FIXED), Rule("constant", fixed)),
 }
