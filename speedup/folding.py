@@ -16,9 +16,9 @@ from torch.utils import _pytree as pytree
 from speedup.analysis import Analysis
 from speedup.capture import at_source
 from speedup.constants import Constants
-from speedup.inputs import with_batch
+from speedup.inputs import batch_size, with_batch
 from speedup.labels import Labels, Mask
-from speedup.masked import exact_defaults, execute, masked, silenced
+from speedup.masked import BatchError, at_batch, exact_defaults, execute, masked, silenced
 from speedup.numeric import exact, relative_difference, varied
 from speedup.proof import last_uses
 from speedup.rules import contraction, norm, rule_for
@@ -78,7 +78,11 @@ def find_leftovers(analysis: Analysis, live: Mask, held: Callable[[str], Tensor]
         held: Gives the tensor of the masked model by its name in the graph; of the dense shape.
     """
     with exact_defaults(), torch.no_grad():
-        runs = [_run(analysis, live, held, batch) for batch in analysis.captured.batches]
+        runs = [_run(analysis, live, held, analysis.captured.batches[0])]
+        try:
+            runs += [_run(analysis, live, held, batch) for batch in analysis.captured.batches[1:]]
+        except BatchError:
+            runs.append(_Found())  # nothing is sure to be the same
     left = {node: reason for run in reversed(runs) for node, reason in run.left.items()}
     added = runs[0].added
     for run in runs[1:]:
@@ -220,7 +224,7 @@ class _Taken:
                 continue
             removed = True
             silent[name] = silenced(analysis, live, value, labels)
-            open_ = state.varies[name] & ~mask
+            open_ = state.varies[name] & ~at_batch(mask, value.shape, batch_size(analysis.captured.flat_inputs()))
             certain[name] = value.masked_fill(open_, 0)
             full[name] = value
             if value.is_floating_point():
@@ -288,7 +292,8 @@ class _Taken:
         labels = self.analysis.labels[self.node.name]
         assert isinstance(labels, Labels)
         alive = self.analysis.classes.live_mask(labels, self.live)
-        return torch.ones(shape, dtype=torch.bool) if alive is None else alive.expand(shape)
+        batch = batch_size(self.analysis.captured.flat_inputs())
+        return torch.ones(shape, dtype=torch.bool) if alive is None else at_batch(alive, shape, batch)
 
     def _by_channel(self, added: Tensor, dim: int) -> Tensor:
         """What is added to each channel along ``dim``, zero where it is removed.

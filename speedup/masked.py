@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from speedup.analysis import Analysis
+from speedup.inputs import batch_size
 from speedup.labels import Labels, Mask
 from speedup.rules import rule_for
 from speedup.rules.call import raw_argument
@@ -186,7 +187,9 @@ def masked(analysis: Analysis, live: Mask, node: fx.Node, values: Mapping[str, A
     if special is not None and isinstance(before, Labels):
         inside = analysis.classes.live_mask(before, live)
     if inside is not None and special is not None and source is not None:
-        result = special(node, values, inside.expand(values[source].shape))
+        result = special(
+            node, values, at_batch(inside, values[source].shape, batch_size(analysis.captured.flat_inputs()))
+        )
     else:
         result = execute(node, values)
     if rule is not None and rule.moves:
@@ -213,9 +216,40 @@ def silenced(analysis: Analysis, live: Mask, value: Any, labels: Any, *, in_plac
     mask = analysis.classes.live_mask(labels, live)
     if mask is None:
         return value
-    if in_place:
-        return value.masked_fill_(~mask.expand(value.shape), 0)
-    return value.masked_fill(~mask, 0)
+    mask = at_batch(mask, value.shape, batch_size(analysis.captured.flat_inputs()))
+    return value.masked_fill_(~mask, 0) if in_place else value.masked_fill(~mask, 0)
+
+
+def at_batch(mask: Tensor, shape: torch.Size, batch: int) -> Tensor:
+    """Returns a mask of a tensor at batch size ``batch`` for one of ``shape``, at any other.
+
+    Where the batch is merged with channels, it is their outer dimension or their inner one: whichever fits.
+
+    Raises:
+        BatchError: Both fit, and are not the same, or neither does.
+    """
+    for dim, size in enumerate(shape):
+        old = mask.shape[dim]
+        if old in (1, size):
+            continue
+        rows = torch.unflatten(mask, dim, (batch, -1)) if old % batch == 0 and size % (old // batch) == 0 else None
+        if rows is None:
+            raise BatchError(dim)
+        others = [1] * mask.dim()
+        others[dim] = size * batch // old
+        outer = torch.equal(rows, rows.narrow(dim, 0, 1).expand_as(rows))
+        turns = torch.unflatten(mask, dim, (-1, batch))
+        inner = torch.equal(turns, turns.narrow(dim + 1, 0, 1).expand_as(turns))
+        found = [rows.select(dim, 0).repeat(others)] if outer else []
+        found += [turns.select(dim + 1, 0).repeat_interleave(others[dim], dim)] if inner else []
+        if not found or not torch.equal(found[0], found[-1]):
+            raise BatchError(dim)
+        mask = found[0]
+    return mask.expand(shape)
+
+
+class BatchError(Exception):
+    """It is not known what lives of a tensor at another batch size."""
 
 
 def is_in_place(node: fx.Node) -> bool:

@@ -275,6 +275,27 @@ def _attended(call: Seen, result: Any) -> Any:
     return felt
 
 
+def _repeated(call: Seen, result: Any) -> Any:
+    """A unit of a recurrent layer whose weights are zero and that starts from zero stays zero."""
+    given, params = call.raw("hx"), call.raw("params")
+    starts = list(given) if isinstance(given, list | tuple) else [given]
+    if any(bool(call.open(source).any()) for source in params):
+        return None
+    rows, gates = call.number(starts[0]).shape[0], _GATES[call.node.target]  # type: ignore[index]  # an OpOverload
+    ends = []
+    for row in range(rows):
+        tensors = [call.number(n) for n in params[len(params) * row // rows : len(params) * (row + 1) // rows]]
+        weights = tensors[: 4 if call.raw("has_biases") else 2]
+        felt = torch.stack([(t.reshape(gates, len(t) // gates, -1) != 0).any(-1).any(0) for t in weights]).any(0)
+        for start in starts[-1:] if len(tensors) > len(weights) else starts:
+            felt = felt | ((call.number(start)[row] != 0) | call.open(start)[row]).any(0)
+        projected = [(projection[:, felt] != 0).any(1) for projection in tensors[len(weights) :]]
+        ends.append([*projected, felt])
+    beside = ends[-2:] if call.raw("bidirectional") else ends[-1:]
+    last = [torch.stack([end[place] for end in ends])[:, None] for place in (0, -1)]
+    return [torch.cat([end[0] for end in beside]), *last[: len(starts)]]
+
+
 def filled(value: Any, varies: bool) -> Any:
     """A mask like ``value``, a tensor or a list of them, that is the same everywhere."""
     return pytree.tree_map(
@@ -351,9 +372,12 @@ _BY_RULE: Mapping[Any, Spread] = {
 }  # fmt: skip
 """How the constants of the operands of an operator go on, by the rule of its labels: the same index equation."""
 
+_GATES = {aten.lstm.input: 4, aten.gru.input: 3, aten.rnn_tanh.input: 1, aten.rnn_relu.input: 1}
+
 _BY_OPERATOR: Mapping[Any, Spread] = {
     **dict.fromkeys(_POOLINGS, _pooled),
     **dict.fromkeys((*_AVERAGES, *_SUMS), _reduced),
+    **dict.fromkeys(_GATES, _repeated),
 }
 
 
