@@ -128,11 +128,11 @@ class ModelSpeedup:
 
 
 def _output_difference(dense: nn.Module, small: nn.Module, captured: Captured) -> float:
-    """How far the outputs of two models are apart on the example inputs."""
+    """How far the outputs of a graph and of a model, or of its parts, are apart on the example inputs."""
     with evaluating(dense, small), torch.no_grad():
         outputs = [
-            pytree.tree_leaves(captured.entry(model)(*copy.deepcopy(captured.args), **copy.deepcopy(captured.kwargs)))
-            for model in (dense, small)
+            pytree.tree_leaves(model(*copy.deepcopy(captured.args), **copy.deepcopy(captured.kwargs)))
+            for model in (dense, captured.entry(small))
         ]
     pairs = [(one, other) for one, other in zip(*outputs, strict=True) if isinstance(one, Tensor)]
     return max((relative_difference(one.double(), other.double()) for one, other in pairs), default=0.0)
