@@ -94,10 +94,13 @@ def _constant(call: Seen, result: Any) -> Any:
 
 
 def _along_channels(call: Seen, result: Any) -> Any:
-    """y[b, c, ...] = f(x[b, c, ...]; what belongs to c), with the statistics that are stored."""
-    if call.raw("training") or call.raw("use_input_stats") or not isinstance(result, Tensor):
+    """y[b, c, ...] = f(x[b, c, ...]; what belongs to c), the statistics of the batch among it where they are taken."""
+    if not isinstance(result, Tensor) or call.beside(call.first):
         return None
-    return None if call.beside(call.first) else call.open(call.first)
+    mask = call.open(call.first)
+    if not call.raw("training"):
+        return mask
+    return mask.transpose(0, 1).flatten(1).any(1).reshape(1, -1, *(1,) * (mask.dim() - 2))
 
 
 def _normalised(call: Seen, result: Any) -> Any:
