@@ -175,7 +175,7 @@ def _run(analysis: Analysis, live: Mask, held: Callable[[str], Tensor], batch: i
             value = exact(held(str(node.target))) if node.users else None
             state.give(node, value.clone() if isinstance(value, Tensor) else value, varies=False)
         elif node.op == "call_function":
-            taken = _Taken.of(analysis, live, node, state)
+            taken = _Taken.of(analysis, live, node, state) if node.users else None
             if taken is not None:
                 taken.account(found)
             state.run(node)

@@ -32,13 +32,21 @@ class ModelSpeedup:
     reconciled: what any of them keeps is kept, and so is what keeps a block rectangular. What is kept is multiplied by
     its masks, so that single masked elements and masked inputs are zero.
 
-    A mask on a weight alone may leave something of a channel behind, such as the shift of a batch norm after it. That
-    goes with the channel, and makes the :attr:`difference`.
+    A mask on a weight alone may leave a constant of a channel behind, such as the shift of a batch norm after it. Where
+    that is certain whatever the inputs are, and adds the same at every place, of any batch and of an image of any size,
+    it goes into the next bias, or out of the mean that a batch norm has stored: in evaluation that is exact up to
+    rounding. Where it is not, it goes with the channel: at borders that are padded with zeros, in a norm or a mean over
+    channels, before a layer without a bias, after an operator of which it is not known what it does with constants. That
+    is told, and makes the :attr:`difference`.
 
     Attributes:
         reconciled: For each masked tensor by name how many channels it masks out that are kept all the same.
         plan: What is kept of each tensor, by its canonical name.
-        proof: The proof, once :meth:`speedup_model` has run.
+        proof: The proof, once :meth:`speedup_model` has run; it compares what is kept, before anything is folded.
+        folded: For each bias or stored mean by name the most that was added to an element of it for what is left of
+            removed channels, once :meth:`speedup_model` has run.
+        left_behind: By name of the weight, or node of the graph, that takes what is left of removed channels and is not
+            folded: why, in one line. Without any, the shrunk model is the masked original up to rounding.
         difference: Largest difference between the outputs of the shrunk model and of the original with its weights
             multiplied by their masks, relative to the largest output, once :meth:`speedup_model` has run.
     """
