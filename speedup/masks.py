@@ -36,8 +36,8 @@ class ModelSpeedup:
     that is certain whatever the inputs are, and adds the same at every place, of any batch and of an image of any size,
     it goes into the next bias, or out of the mean that a batch norm has stored: in evaluation that is exact up to
     rounding. Where it is not, it goes with the channel: at borders that are padded with zeros, in a norm or a mean over
-    channels, before a layer without a bias, after an operator of which it is not known what it does with constants. That
-    is told, and makes the :attr:`difference`.
+    channels, before a layer without a bias, after an operator of which it is not known what it does with constants.
+    That is told, and makes the :attr:`difference`.
 
     Attributes:
         reconciled: For each masked tensor by name how many channels it masks out that are kept all the same.

@@ -353,7 +353,7 @@ _BY_RULE: Mapping[Any, Spread] = {
     pointwise.dropout: _first,
     movement.constant: _constant,
     pointwise.prelu: _along_channels,
-    pointwise.glu: _gated,
+    indexing.glu: _gated,
     norm.batch_norm: _along_channels,
     norm.instance_norm: _normalised,
     norm.group_norm: _normalised,
