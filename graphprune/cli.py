@@ -104,7 +104,7 @@ def compress_command(
     sparsity: Annotated[float, typer.Option(help="Share of the channels of every group that goes, in [0, 1).")] = 0.5,
     criterion: Annotated[str, typer.Option(help=f"What scores a channel: {', '.join(CRITERIA)}.")] = "l1",
     batches: Annotated[
-        int, typer.Option(help="Batches at most that a criterion looks at which needs calibrate(model) of MODEL.")
+        int, typer.Option(help="Batches of training() in MODEL that apoz, mean_activation and taylor look at.")
     ] = 20,
     scope: Annotated[
         str, typer.Option(help="local: the share of each group; global: of all by one ranking.")

@@ -187,8 +187,8 @@ def _scores(analysis: Analysis, request: Request, calibrate: Calibrate | None) -
         return criterion(analysis, Evidence(request.seed))
     if calibrate is None:
         raise ConfigError(
-            f"criterion {request.criterion!r}: looks at {criterion.need}. Give calibrate(model), which runs the model "
-            "on some batches, and for gradients its loss backwards."
+            f"criterion {request.criterion!r}: looks at {criterion.need}. Give calibrate(model), or training() beside "
+            "the model: it is run on some batches, and for gradients its loss backwards."
         )
     run = partial(calibrate, analysis.captured.model)
     evidence = gather(analysis, criterion.need, run, batches=request.batches, seed=request.seed)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from graphprune.blueprint import Blueprint, described
 from graphprune.compress import Progress, Result, Stages, compress
 from graphprune.config import Request
 from graphprune.errors import ConfigError
+from graphprune.fit import fit
 from graphprune.folder import replacing
 from graphprune.report import Report
 from graphprune.source import Source
+from graphprune.training import Training
 from graphprune.weights import save_weights
 from speedup.export import OPSETS, ModelFile, export_onnx, export_pt2
 from speedup.latency import DEFAULT_LIMITS, Benchmark, Limits, benchmark
@@ -73,7 +76,7 @@ def deliver(
         result = compress(
             source.model,
             source.example_inputs,
-            calibrate=source.calibrate,
+            calibrate=None if source.training is None else partial(_epoch, source.training.first(request.batches)),
             progress=progress,
             **request.model_dump(),
         )
@@ -99,6 +102,10 @@ def deliver(
         report["sha256"] = files.digest(report)
         (draft / files.REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
     return Delivery(folder, report, result)
+
+
+def _epoch(training: Training, model: nn.Module) -> None:
+    fit(model, training, 1)
 
 
 def _export(source: Source, result: Result, draft: Path, opset: int | None) -> dict[str, ModelFile]:

@@ -114,17 +114,14 @@ class Observer:
     def _wait(self, stack: ExitStack) -> None:
         """Makes the analysis of the first call, and starts with that call."""
 
-        def on_first_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            handle.remove()
+        def on_first_call(inputs: ExampleInputs, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             assert self._make is not None
-            inputs = args if not kwargs else {**_named(module, args), **kwargs}
-            self.analysis = self._make(pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), inputs))
+            self.analysis = self._make(inputs)
             self._start(stack, self.analysis)
             if self._need == "activations":
-                self._on_call(module, args, kwargs)
+                self._on_call(self._model, args, kwargs)
 
-        handle = self._model.register_forward_pre_hook(on_first_call, with_kwargs=True)
-        stack.callback(handle.remove)
+        stack.enter_context(at_first_call(self._model, on_first_call))
 
     def _start(self, stack: ExitStack, analysis: Analysis) -> None:
         if self._need == "activations":
@@ -177,6 +174,24 @@ class Observer:
         self._seen[name] = self._seen.get(name, 0) + 1
         found = (gradient.detach().double() * parameter.detach().double()).square()
         self._saliency[name] = self._saliency[name] + found if name in self._saliency else found
+
+
+@contextmanager
+def at_first_call(
+    model: nn.Module, then: Callable[[ExampleInputs, tuple[Any, ...], dict[str, Any]], object]
+) -> Iterator[None]:
+    """Calls ``then`` once with copies of the inputs of the model's first call, and the inputs themselves."""
+
+    def on_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        handle.remove()
+        inputs = args if not kwargs else {**_named(module, args), **kwargs}
+        then(pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), inputs), args, kwargs)
+
+    handle = model.register_forward_pre_hook(on_call, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _named(module: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:

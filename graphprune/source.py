@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from graphprune.config import closest
 from graphprune.errors import ConfigError, ModelError
 from graphprune.skeleton import Skeleton, parameters_on_meta
+from graphprune.training import Training
 from graphprune.weights import load_weights
 from speedup.inputs import ExampleInputs
 
@@ -42,7 +43,7 @@ class Source:
         model: A fresh instance, weights loaded.
         example_inputs: A tensor, a tuple of positional inputs or a mapping of keyword inputs.
         evaluate: Says how good a model is, in the unit of its author; None if there is no such function.
-        calibrate: Runs a model on some batches, with its loss backwards; None if there is no such function.
+        training: How such a model is trained; None if there is no such function.
     """
 
     name: str
@@ -50,7 +51,7 @@ class Source:
     model: nn.Module
     example_inputs: ExampleInputs
     evaluate: Evaluate | None
-    calibrate: Callable[[nn.Module], object] | None = None
+    training: Training | None = None
 
 
 def load_source(
@@ -83,14 +84,14 @@ def load_source(
         model = model.to(device)
         example = _drawn(inputs, model) if inputs else _offered(module, text)
     example = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), example)
-    evaluate, calibrate = (getattr(module, name, None) for name in ("evaluate", "calibrate"))
+    evaluate = getattr(module, "evaluate", None)
     return Source(
         name=name.rpartition(".")[2] or Path(str(module.__file__)).stem,
         text=text,
         model=model,
         example_inputs=example,
         evaluate=_guarded(evaluate, folder, text) if callable(evaluate) else None,
-        calibrate=_blamed(calibrate, folder, text) if callable(calibrate) else None,
+        training=_training(module, folder, text),
     )
 
 
@@ -276,14 +277,16 @@ def _guarded(evaluate: Callable[[nn.Module], Any], folder: Path, text: str) -> E
     return guarded
 
 
-def _blamed(calibrate: Callable[[nn.Module], Any], folder: Path, text: str) -> Callable[[nn.Module], object]:
-    """``calibrate`` with its mistakes named."""
-
-    def blamed(model: nn.Module) -> object:
-        with _importing_from(folder), _blaming(text, "raises in calibrate()"):
-            return calibrate(model)
-
-    return blamed
+def _training(module: ModuleType, folder: Path, text: str) -> Training | None:
+    """What ``training()`` of the file gives, with mistakes of its trainer named."""
+    make = getattr(module, "training", None)
+    if not callable(make):
+        return None
+    with _importing_from(folder), _blaming(text, "raises in training()"):
+        given = make()
+    if not isinstance(given, Training):
+        raise ModelError(f"{text}: training() gives {type(given).__name__}. Return a graphprune.training.Training.")
+    return given
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -142,6 +143,12 @@ class Training:
             return replace(self, optimizer=followed)
         return replace(self, optimizer=followed, schedule=follow_schedule(self.schedule, self.optimizer, followed))
 
+    def first(self, batches: int) -> "Training":
+        """Returns the training of no more than so many batches in each epoch; a trainer of the user's runs on."""
+        if not isinstance(self.trainer, Loop):
+            return self
+        return replace(self, trainer=replace(self.trainer, data=_First(self.trainer.data, batches)))
+
     def regularised(self, penalty: Penalty) -> "Training":
         """Returns the same training with a penalty on top of the loss.
 
@@ -245,6 +252,17 @@ class Loop:
         sources = (self.data, getattr(self.data, "sampler", None), getattr(self.data, "batch_sampler", None))
         found = [getattr(source, "generator", None) for source in sources]
         return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
+
+
+@dataclass(frozen=True)
+class _First:
+    """The first batches of some data, each time that it is gone through."""
+
+    data: Iterable[Any]
+    batches: int
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.data), self.batches)
 
 
 _FORM = ("model", "optimizer", "criterion", "epoch")

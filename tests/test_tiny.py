@@ -137,7 +137,10 @@ def test_it_learns_after_it_was_shrunk() -> None:
             {"criterion": "l3"},
             "^criterion 'l3': is not known. Use one of l1, l2, fpgm, bn_scale, apoz, mean_activation, taylor, random",
         ),
-        ({"criterion": "taylor"}, r"^criterion 'taylor': looks at gradients. Give calibrate\(model\), which runs"),
+        (
+            {"criterion": "taylor"},
+            r"^criterion 'taylor': looks at gradients. Give calibrate\(model\), or training\(\) beside the model",
+        ),
         ({"criterion": "apoz", "calibrate": lambda model: None}, "^calibrate: the model was not called while it ran"),
         ({"batches": 0}, "^batches 0: is below 1"),
         ({"scope": "here"}, "^scope 'here': "),
