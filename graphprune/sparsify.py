@@ -76,8 +76,14 @@ def channel_masks(
         together: Whether a share is one of all selected layers together.
         relative: Whether a ranking of several groups compares scores divided by their mean in the group.
     """
+    target = target_of(dependencies.analysis, settings, together=together, relative=relative)
+    selection = select(dependencies, scores, target)
+    return masks_of(dependencies, selection), selection
+
+
+def masks_of(dependencies: DependencyGraph, selection: Selection) -> Masks:
+    """Returns masks for what a selection leaves, of all parameters whose operators produce channels that go."""
     analysis = dependencies.analysis
-    selection = select(dependencies, scores, target_of(analysis, settings, together=together, relative=relative))
     asked = {choice.group.index for choice in selection.choices if choice.kept < choice.group.units}
     masks: dict[str, Tensor] = {}
     learned = {name for name, _ in analysis.captured.model.named_parameters(remove_duplicate=False)}
@@ -92,7 +98,7 @@ def channel_masks(
                     where = [size if dim in support(plane) else 1 for dim, size in enumerate(mask.shape)]
                     mask *= torch.from_numpy(selection.live[classes]).reshape(where)
             masks[name] = mask
-    return by_layer(masks), selection
+    return by_layer(masks)
 
 
 def layer_masks(model: nn.Module, settings: Mapping[str, Setting], criterion: str) -> Masks:
