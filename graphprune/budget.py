@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
@@ -55,7 +55,7 @@ class _Counting(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, copied: Callable[[Tensor], Tensor]) -> None:
         super().__init__(module)
-        self.flops: dict[str, int] = {}
+        self.flops: dict[fx.Node, int] = {}
         self.copied = copied
         """Gives a stand-in for a tensor of the module or an input, which the graph may overwrite."""
 
@@ -66,18 +66,21 @@ class _Counting(fx.Interpreter):
         return pytree.tree_map_only(Tensor, self.copied, super().get_attr(*args))
 
     def run_node(self, n: fx.Node) -> Any:
-        with FlopCounterMode(display=False, custom_mapping=dict(_FLOPS)) as counter:
-            result = super().run_node(n)
-        if count := counter.get_total_flops():
-            owners = [str(source.target) for source in n.all_input_nodes if source.op == "get_attr"]
-            layer = owners[0].rpartition(".")[0] if owners else n.name
-            self.flops[layer] = self.flops.get(layer, 0) + count
+        result, count = counted(lambda: super(_Counting, self).run_node(n))
+        if count:
+            self.flops[n] = count
         return result
 
 
-def cost(module: fx.GraphModule, captured: Captured) -> Cost:
-    """Returns what ``module``, the captured graph or a shrunk one, costs; computed on shapes alone."""
-    batch = batch_size((captured.args, captured.kwargs))
+def counted(work: Callable[[], Any]) -> tuple[Any, int]:
+    """Returns the result of ``work()`` and the floating-point operations that it took."""
+    with FlopCounterMode(display=False, custom_mapping=dict(_FLOPS)) as counter:
+        result = work()
+    return result, counter.get_total_flops()
+
+
+def flops_by_node(module: fx.GraphModule, captured: Captured) -> Mapping[fx.Node, int]:
+    """Returns the floating-point operations of every node of ``module`` that has some, for the example inputs."""
     with torch.no_grad():
         try:
             with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -86,11 +89,28 @@ def cost(module: fx.GraphModule, captured: Captured) -> Cost:
         except DynamicOutputShapeException:  # a mask as an index: how many it takes is no shape
             counting = _Counting(module, Tensor.clone)
             counting.run(*captured.flat_inputs(), enable_io_processing=False)
+    return counting.flops
+
+
+def used_parameters(module: fx.GraphModule) -> dict[str, nn.Parameter]:
+    """Returns the parameters that a graph computes with, tied ones once."""
     used = {id(attribute(module, str(n.target))) for n in module.graph.find_nodes(op="get_attr") if n.users}
-    parameters = {name: parameter for name, parameter in module.named_parameters() if id(parameter) in used}
+    return {name: parameter for name, parameter in module.named_parameters() if id(parameter) in used}
+
+
+def cost(module: fx.GraphModule, captured: Captured) -> Cost:
+    """Returns what ``module``, the captured graph or a shrunk one, costs; computed on shapes alone."""
+    batch = batch_size((captured.args, captured.kwargs))
+    flops = flops_by_node(module, captured)
+    layers: dict[str, int] = {}
+    for node, count in flops.items():
+        owners = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
+        layer = owners[0].rpartition(".")[0] if owners else node.name
+        layers[layer] = layers.get(layer, 0) + count
+    parameters = used_parameters(module)
     return Cost(
         params=sum(parameter.numel() for parameter in parameters.values()),
-        macs=sum(counting.flops.values()) // 2 // batch,
-        macs_by_layer={layer: flops // 2 // batch for layer, flops in counting.flops.items()},
+        macs=sum(flops.values()) // 2 // batch,
+        macs_by_layer={layer: count // 2 // batch for layer, count in layers.items()},
         shapes={name: tuple(parameter.shape) for name, parameter in parameters.items()},
     )

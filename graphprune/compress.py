@@ -116,8 +116,25 @@ def compress(
             if not error.parts.keys() - unfit.keys():
                 raise
             unfit |= error.parts
+    return finished(request, dependencies, selection, plan, shrunk, block, stage)
+
+
+def finished(
+    request: Request,
+    dependencies: DependencyGraph,
+    selection: Selection,
+    plan: ShrinkPlan,
+    shrunk: Shrunk,
+    block: int,
+    stage: Stages,
+) -> Result:
+    """Returns a shrunk model with its proof and its report.
+
+    Raises:
+        ProofError: It is not equal to the original with everything but the selection masked.
+    """
     proof = stage("verify", prove, dependencies.analysis, selection.live, plan, shrunk.graph, seed=request.seed)
-    costs = stage("count", costs_of, captured, shrunk)
+    costs = stage("count", costs_of, dependencies.analysis.captured, shrunk)
     report = build_report(
         request=request,
         block=block,
@@ -153,14 +170,14 @@ def planned(
     """
     analysis = stage("analyse", analyse, captured)
     dependencies = stage("group", find_dependencies, analysis, whole_heads=not request.head_dims)
-    scores = stage("score", _scores, analysis, request, calibrate)
-    block = stage("probe", _preferred_block) if request.round_to == "auto" else request.round_to
+    scores = stage("score", scores_of, analysis, request, calibrate)
+    block = stage("probe", block_of, request) if request.round_to == "auto" else block_of(request)
     selection = stage(
         "select",
         select,
         dependencies,
         scores,
-        _target(analysis, request, unfit),
+        target_of(analysis, request, unfit),
         round_to=block,
         min_channels=request.min_channels,
     )
@@ -173,13 +190,16 @@ def costs_of(captured: Captured, shrunk: Shrunk) -> tuple[Cost, Cost]:
     return cost(captured.graph_module, captured), cost(shrunk.graph, captured)
 
 
-def _preferred_block() -> int:
+def block_of(request: Request) -> int:
+    """Returns what the kept channels of an axis are a multiple of."""
+    if request.round_to != "auto":
+        return request.round_to
     from speedup.probe import preferred_block  # noqa: PLC0415 - onnxruntime takes half a second to import
 
     return preferred_block()
 
 
-def _scores(analysis: Analysis, request: Request, calibrate: Calibrate | None) -> Scores:
+def scores_of(analysis: Analysis, request: Request, calibrate: Calibrate | None = None) -> Scores:
     """The scores of all classes, after a check that there are numbers to make them of."""
     _check(analysis, request)
     criterion = CRITERIA[request.criterion]
@@ -219,7 +239,9 @@ def _numbers(tensor: Tensor, finite: bool) -> bool:
 _UNFIT = "code does not fit a smaller"
 
 
-def _target(analysis: Analysis, request: Request, unfit: Mapping[str, str]) -> Callable[[ChannelGroup], Target | str]:
+def target_of(
+    analysis: Analysis, request: Request, unfit: Mapping[str, str] = MappingProxyType({})
+) -> Callable[[ChannelGroup], Target | str]:
     """Returns the function that says what is asked of a group, or why it is left alone: by kind, or by module."""
     ranking = "all" if request.scope == "global" else None
     wanted_share = Target(request.sparsity, ranking=ranking, relative=not CRITERIA[request.criterion].absolute)

@@ -44,12 +44,18 @@ class Shrunk:
     obstacle: str | None
 
 
-def shrink(captured: Captured, plan: ShrinkPlan) -> Shrunk:
+def shrink(captured: Captured, plan: ShrinkPlan, *, thorough: bool = True) -> Shrunk:
     """Returns the shrunk model: the user's class if its Python code then does what the rewritten graph does.
 
     That is checked, not assumed: by numbers on the example inputs at two batch sizes, and call by call in the graph of
     the class, captured again; on the meta device, where there are no numbers, by the calls alone. Attributes get a new
     value only where it is needed for that.
+
+    Args:
+        captured: The model.
+        plan: What is kept of it.
+        thorough: Whether the class is captured again, too; without that the numbers alone decide, which takes
+            milliseconds instead of seconds.
     """
     graph = shrink_graph(captured, plan)
     for module in captured.graph_module.modules():
@@ -71,7 +77,7 @@ def shrink(captured: Captured, plan: ShrinkPlan) -> Shrunk:
         if measured != repairs:
             module = repaired(captured.model, swaps, measured)
         tried = is_hollow(captured.model) and measured == repairs  # without weights the calls are compared at once
-        other = None if tried else _other_calls(captured.entry(module), graph, captured)
+        other = None if tried or not thorough else _other_calls(captured.entry(module), graph, captured)
         if other is None and captured.parts is not None:
             other = surroundings_differ(captured.parts, captured.model, module)
         if not other:

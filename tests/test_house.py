@@ -35,6 +35,7 @@ HOMES = {
     "pytorch_lightning": {"graphprune/callbacks.py"},
     "lightning": {"graphprune/callbacks.py"},
     "transformers": {"graphprune/callbacks.py"},
+    "ray": {"graphprune/search/pool.py"},
 }
 
 

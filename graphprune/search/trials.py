@@ -1,0 +1,210 @@
+"""What a search tries and what it finds: candidates are evaluated in batches, each once, and written down."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graphprune.compress import Result
+from graphprune.search.candidate import Evaluate, Job, Origin, Outcome, Tune
+from graphprune.search.journal import Journal
+from graphprune.search.latency import measured_ms
+from graphprune.search.pool import Executor, executor_of, outcomes
+from graphprune.search.space import Shares, Space
+from graphprune.search.state import State, Weights, digest
+from speedup.labels import Mask
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A candidate that was evaluated.
+
+    Attributes:
+        shares: Which share of each group is gone.
+        score: What the evaluator gave.
+    """
+
+    shares: Mapping[str, float]
+    score: float
+    live: Mask = field(repr=False, compare=False)
+    key: str = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search has found.
+
+    Attributes:
+        shares: Which share of each group is gone in the end.
+        score: What the evaluator gave for that.
+        history: All evaluations, in the order in which the search used them.
+        result: The shrunk model from the pipeline, with its proof and its report.
+        note: What kept the search from its target; None if nothing did.
+    """
+
+    shares: Mapping[str, float]
+    score: float
+    history: tuple[Evaluation, ...]
+    result: Result = field(repr=False)
+    note: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Trials:
+    """How candidates are evaluated.
+
+    Attributes:
+        space: What can be chosen.
+        evaluate: Gives a number for a model, such as its accuracy; it depends on nothing else, and what is random in it
+            only on the generators of torch, numpy and random.
+        minimize: Whether lower numbers are better.
+        workers: None for this process, «ray», «ray://host:port», or an executor of ``concurrent.futures``.
+        journal: File in which everything is written down that was found out, so that a search that was stopped goes on
+            where it was; None for none.
+        seed: Of everything that is random.
+    """
+
+    space: Space
+    evaluate: Evaluate
+    minimize: bool = False
+    workers: str | Executor | None = None
+    journal: Path | str | None = None
+    seed: int = 0
+
+    def over(self, space: Space) -> "Trials":
+        """Returns the same over another space of the model."""
+        return replace(self, space=space)
+
+    @contextmanager
+    def begin(self, search: str, **settings: Any) -> Iterator["Run"]:
+        """Yields a run of a search.
+
+        Args:
+            search: Its name.
+            **settings: All that its result depends on.
+
+        Raises:
+            ConfigError: The journal is that of another search, or the workers are none.
+        """
+        header = {"search": search, "minimize": self.minimize, "seed": self.seed, "settings": settings}
+        journal = Journal(self.journal, {**header, "model": self.space.fingerprint})
+        with executor_of(self.workers) as executor:
+            yield Run(self, journal, executor)
+
+
+class Run:
+    """One run of a search: evaluates, remembers, and makes the result."""
+
+    def __init__(self, trials: Trials, journal: Journal, executor: Executor | None) -> None:
+        self.space, self.minimize, self.seed = trials.space, trials.minimize, trials.seed
+        self.history: list[Evaluation] = []
+        self._journal, self._executor = journal, executor
+        captured = trials.space.analysis.captured
+        self._origin = Origin(
+            captured.model,
+            trials.space.example_inputs,
+            trials.evaluate,
+            torch.get_num_threads(),
+            digest(trials.space.fingerprint),
+        )
+
+    def merit(self, score: float) -> float:
+        """How good a score is: higher is better."""
+        return -score if self.minimize else score
+
+    def best(self, evaluations: Sequence[Evaluation]) -> Evaluation:
+        """The best of some evaluations, of equal ones the first."""
+        return max(evaluations, key=lambda evaluation: self.merit(evaluation.score))
+
+    def evaluate(
+        self, candidates: Sequence[Shares], state: State, *, tune: Tune | None = None, use: str = ""
+    ) -> list[Evaluation]:
+        """Returns the evaluations of a batch, in its order; what is known already is not evaluated again.
+
+        Args:
+            candidates: Shares of the dense groups that should go.
+            state: Where the search stands.
+            tune: Trains each candidate before it is evaluated; the weights of the best are kept for :meth:`trained`.
+            use: Tells apart what trains differently.
+        """
+        lives = [self.space.live(shares, state) for shares in candidates]
+        found = self._scored(lives, state, tune, use)
+        self.history += found
+        return found
+
+    def trained(self, chosen: Evaluation, state: State, tune: Tune | None, use: str = "") -> State:
+        """Returns the state after ``chosen``, which was evaluated in ``state``, with the weights that it had then."""
+        if tune is None:
+            return self.space.cut(state, chosen.live)
+        weights = self._journal.weights(chosen.key)
+        if weights is None:
+            weights = self._one(self._job(chosen.live, state, tune, use, scored=False), state).weights
+            self._journal.keep(chosen.key, weights or {})
+        return self.space.moved(state, chosen.live, weights or {}, chosen.key)
+
+    def tuned(self, shares: Shares, state: State, tune: Tune, use: str) -> State:
+        """Returns the state after ``tune`` has trained the model of ``shares``, which is not evaluated."""
+        live = self.space.live(shares, state)
+        key = self._key(live, state, tune, use)
+        return self.trained(Evaluation(self.space.shares(live), 0.0, live, key), state, tune, use)
+
+    def latency_ms(self, live: Mask) -> float:
+        """Returns the median latency of one example in milliseconds, measured once, here, while nothing else runs."""
+        widths = [f"{name} {self.space.gone(name, live)}" for name in self.space.groups]
+        key = digest("latency", *widths)
+        if key not in self._journal:
+            model = self.space.model(live)
+            self._journal.record(key, ms=measured_ms(model, self.space.example_inputs))
+        return float(self._journal[key]["ms"])
+
+    def found(self, chosen: Evaluation, state: State, note: str | None = None) -> Found:
+        """Returns what the search has found: ``chosen``, with the weights of ``state``."""
+        result = self.space.result(chosen.shares, state)
+        return Found(chosen.shares, chosen.score, tuple(self.history), result, note)
+
+    def _scored(self, lives: Sequence[Mask], state: State, tune: Tune | None, use: str) -> list[Evaluation]:
+        keys = [self._key(live, state, tune, use) for live in lives]
+        missing = {key: live for key, live in zip(keys, lives, strict=True) if key not in self._journal}
+        order = {key: place for place, key in reversed(list(enumerate(keys)))}
+        held: str | None = None  # whose weights are kept: the best so far, as if they had come in order
+
+        def rank(key: str) -> tuple[float, int]:
+            return self.merit(self._journal[key]["score"]), -order[key]
+
+        known = [key for key in dict.fromkeys(keys) if key in self._journal]
+        if tune is not None and known:
+            held = max(known, key=rank)
+        jobs = [self._job(live, state, tune, use) for live in missing.values()]
+        names = list(missing)
+        for place, outcome in self._outcomes(jobs, state):
+            key = names[place]
+            assert outcome.score is not None
+            ahead = held is None or (self.merit(outcome.score), -order[key]) > rank(held)
+            if outcome.weights is not None and ahead:
+                self._journal.keep(key, outcome.weights)
+            self._journal.record(key, score=outcome.score, shares=self.space.shares(missing[key]))
+            if outcome.weights is not None and ahead:
+                if held is not None:
+                    self._journal.drop(held)
+                held = key
+        return [
+            Evaluation(self.space.shares(live), float(self._journal[key]["score"]), live, key)
+            for key, live in zip(keys, lives, strict=True)
+        ]
+
+    def _key(self, live: Mask, state: State, tune: Tune | None, use: str) -> str:
+        return digest(state.key, live.tobytes(), "" if tune is None else f"trained {use}")
+
+    def _job(self, live: Mask, state: State, tune: Tune | None, use: str, *, scored: bool = True) -> Job:
+        key = self._key(live, state, tune, use)
+        return Job(live, int(digest(str(self.seed), key)[:15], 16), tune, scored)
+
+    def _one(self, job: Job, state: State) -> Outcome:
+        return next(outcome for _, outcome in self._outcomes([job], state))
+
+    def _outcomes(self, jobs: Sequence[Job], state: State) -> Iterator[tuple[int, Outcome]]:
+        weights: Weights | None = state.weights
+        return outcomes(self._executor, self._origin, weights, jobs, self.space.analysis)
