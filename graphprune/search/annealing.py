@@ -50,8 +50,8 @@ def annealing(trials: Trials, sparsity: float, *, of: Measure = "weights", sched
     """Returns the best shares that simulated annealing finds at an overall sparsity.
 
     Liu et al., AutoCompress, 2020: guided heuristic search. It starts from random shares, sorted so that groups with
-    more weights give more. A candidate is the present shares plus uniform numbers in [-m, m], m = perturbation * T / start,
-    scaled so that the overall sparsity is met. A worse candidate is accepted with probability
+    more weights give more. A candidate is the present shares plus uniform numbers in [-m, m], m = perturbation * T /
+    start, scaled so that the overall sparsity is met. A worse candidate is accepted with probability
 
         p = exp(-dE / s * start / T),  s = mean |dE| so far.
 

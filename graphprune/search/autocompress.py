@@ -25,10 +25,10 @@ def autocompress(
 ) -> Found:
     """Returns a model that went through rounds of annealing, regularisation and speedup.
 
-    Liu et al., AutoCompress: An Automatic DNN Structured Pruning Framework for Ultra-High Compression Rates, 2020. For
-    an overall sparsity P in N rounds each takes 1 - (1 - P)^(1/N) of what the ones before have left: annealing finds
-    the shares; ``regularise`` trains the weights towards them; what the criterion then says is cut, physically. The next
-    round works on the model that is left, with the weights as they were trained.
+    Liu et al., AutoCompress: An Automatic DNN Structured Pruning Framework for Ultra-High Compression Rates, 2020.
+    For an overall sparsity P in N rounds each takes 1 - (1 - P)^(1/N) of what the ones before have left: annealing
+    finds the shares; ``regularise`` trains the weights towards them; what the criterion then says is cut, physically.
+    The next round works on the model that is left, with the weights as they were trained.
 
     Args:
         trials: How candidates are evaluated.

@@ -27,11 +27,12 @@ def netadapt(
 ) -> Found:
     """Returns a model within a budget, found by the algorithm of NetAdapt.
 
-    Yang et al., NetAdapt: Platform-Aware Neural Network Adaptation for Mobile Applications, 2018, algorithm 1: in step
-    i the resource has to fall to R_i = R_{i-1} - dR_i. For each group alone the smallest cut is found that does it; each
-    of these candidates is trained for a short time and evaluated, and the best one, as it was trained, is where the next
-    step starts. Training for long at the end is left to the caller. The paper's own resource is latency: it is measured
-    with onnxruntime on this machine, one example on one thread, for the very candidates instead of from a table.
+    Yang et al., NetAdapt: Platform-Aware Neural Network Adaptation for Mobile Applications, 2018, algorithm 1: in
+    step i the resource has to fall to R_i = R_{i-1} - dR_i. For each group alone the smallest cut is found that does
+    it; each of these candidates is trained for a short time and evaluated, and the best one, as it was trained, is
+    where the next step starts. Training for long at the end is left to the caller. The paper's own resource is
+    latency: it is measured with onnxruntime on this machine, one example on one thread, for the very candidates
+    instead of from a table.
 
     Args:
         trials: How candidates are evaluated.

@@ -33,10 +33,13 @@ def reach(space: Space, wish: Shares, left: float, of: Measure, state: State) ->
         first = wished(1 / min((w for w in wish.values() if w > 0), default=1.0))
         return {n: min(space.most(n), max(first[n], s + factor * (1 - s))) for n, s in now.items()}
 
-    for shares in (wished, further):
-        found = _smallest(lambda f, shares=shares: space.left(space.live(shares(f), state), of) <= left + 1e-9, wish)  # type: ignore[misc]  # mypy and defaults of a lambda
+    def enough(shares: Shares) -> bool:
+        return space.left(space.live(shares, state), of) <= left + 1e-9
+
+    for some in (wished, further):
+        found = _smallest(some, enough, wish)
         if found is not None:
-            return shares(found)
+            return found
     least = space.left(space.live(further(1.0), state), of)
     raise ConfigError(
         f"target: {left:.3f} of the {of} may be left, and {least:.3f} stay even where every group gives all it may. "

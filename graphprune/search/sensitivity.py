@@ -96,10 +96,11 @@ def prune_by_sensitivity(
 ) -> Found:
     """Returns a model from which channels went in rounds, more from groups that the score depends on less.
 
-    Han et al., Learning both Weights and Connections for Efficient Neural Networks, 2015, set the thresholds of layers
-    by their sensitivity; the rounds are those of NNI's SensitivityPruner. In each, the model as it is is analysed; a group
-    should give the largest share at which the score has fallen by no more than ``drop`` (between two shares that were
-    tried, linear), and of all these wishes the same part is taken, such that the round reaches its overall sparsity.
+    Han et al., Learning both Weights and Connections for Efficient Neural Networks, 2015, set the thresholds of
+    layers by their sensitivity; the rounds are those of NNI's SensitivityPruner. In each, the model as it is is
+    analysed; a group should give the largest share at which the score has fallen by no more than ``drop`` (between
+    two shares that were tried, linear), and of all these wishes the same part is taken, such that the round reaches
+    its overall sparsity.
 
     Args:
         trials: How candidates are evaluated.

@@ -125,7 +125,7 @@ def scattered(analysis: Analysis, plan: ShrinkPlan, found: Weights) -> dict[str,
         places = plan.cut(graph_names.get(id(tensor), name), places)
         if places.shape != small.shape:
             raise ModelError(
-                f"{name}: training has made its shape {tuple(small.shape)}, not {tuple(places.shape)}. Leave shapes alone."
+                f"{name}: training has made its shape {tuple(small.shape)}, not {tuple(places.shape)}. Leave it."
             )
         full = torch.zeros_like(tensor) if isinstance(tensor, nn.Parameter) else tensor
         full = full.detach().cpu().clone().contiguous()
