@@ -16,7 +16,8 @@ from graphprune.criteria import Criterion, Scores
 from graphprune.dependency import DependencyGraph, find_dependencies
 from graphprune.errors import ConfigError, ModelError
 from graphprune.groups import ChannelGroup
-from graphprune.search.state import State, digest, holding, lowest_where_gone, scattered, shrunk_model, tensors_of
+from graphprune.search.remains import remaining
+from graphprune.search.state import State, digest, holding, scattered, shrunk_model, tensors_of
 from graphprune.search.tally import Tally
 from graphprune.select import Choice, Selection, select
 from graphprune.targets import Target
@@ -258,13 +259,12 @@ class Space:
         """
         weights = scattered(self.analysis, make_plan(self.analysis, live), found)
         with holding(self.analysis.captured.model, weights):
-            scores = lowest_where_gone(self.criterion(self.analysis, self.request.seed), live)
+            scores = self.criterion(self.analysis, self.request.seed)
         return State(live, scores, {**(state.weights or {}), **weights}, digest(state.key, live.tobytes(), key))
 
     def cut(self, state: State, live: Mask) -> State:
         """Returns ``state`` with nothing but the classes ``live`` left of it, its weights otherwise the same."""
-        scores = lowest_where_gone(state.scores, live)
-        return State(live, scores, state.weights, digest(state.key, live.tobytes()))
+        return State(live, state.scores, state.weights, digest(state.key, live.tobytes()))
 
     def model(self, live: Mask, state: State | None = None) -> nn.Module:
         """Returns the physically smaller model in which only the classes ``live`` are left; milliseconds, no proof."""
@@ -300,24 +300,26 @@ class Space:
 
     def _choice(self, group: ChannelGroup, share: float, state: State) -> tuple[Choice, Mask]:
         """What is asked of one group and what it keeps, and which of its classes those are, shape (its classes,)."""
-        share = min(max(share, self._gone_share(group, state)), (group.size - 1) / group.size if group.size else 0.0)
-        key = (state.key, group.index, int(np.ceil(group.size * share - 1e-9)))
+        removed = min(int(np.ceil(group.size * share - 1e-9)), group.units - 1)
+        key = (state.key, group.index, removed)
         if key not in self._chosen:
-            alone = DependencyGraph(self.analysis, (group,))
+            alive = state.live[group.classes]
+            rest = remaining(group, alive)
+            more = max(removed - (group.units - rest.units), 0) / max(rest.size, 1)
             least = math.ceil(self.keep_at_least * group.units - 1e-9) * group.width
             chosen = select(
-                alone,
+                DependencyGraph(self.analysis, (rest,)),
                 state.scores,
-                lambda _: Target(share),
+                lambda _: Target(more),
                 round_to=self.block,
                 min_channels=max(self.request.min_channels, least),
             )
-            self._chosen[key] = (chosen.choices[0], chosen.live[group.classes])
+            made = chosen.choices[0]
+            self._chosen[key] = (
+                Choice(group, group.units - removed, made.kept, made.note),
+                chosen.live[group.classes] & alive,
+            )
         return self._chosen[key]
-
-    def _gone_share(self, group: ChannelGroup, state: State) -> float:
-        dead = np.unique(group.unit_of[~state.live[group.classes]])
-        return len(dead) / group.size if group.size else 0.0
 
 
 def _choosable(

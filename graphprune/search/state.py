@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +26,7 @@ class State:
 
     Attributes:
         live: The classes that are left, shape (classes,).
-        scores: A score for each class; those that are gone have the lowest.
+        scores: A score for each class.
         weights: The tensors of the model in their dense shapes, parameters 0 where channels are gone; None while they
             are those that the model came with.
         key: Says which state it is.
@@ -47,12 +46,6 @@ def digest(*parts: bytes | str) -> str:
         sha256.update(len(data).to_bytes(8, "little"))
         sha256.update(data)
     return sha256.hexdigest()
-
-
-def lowest_where_gone(scores: Scores, live: Mask) -> Scores:
-    """Returns ``scores`` with so low ones for what is gone that it is always taken away again first."""
-    low = -1.0 - float(np.abs(scores[~np.isnan(scores)]).sum())
-    return np.where(live | np.isnan(scores), scores, low)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
