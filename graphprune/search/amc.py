@@ -107,8 +107,7 @@ def amc(
                 done += 1
                 if done > episodes.warm_up:
                     noise *= episodes.decay
-                    for _ in walk.actions:
-                        agent.learn()
+                    agent.learn(len(walk.actions))
         key = {found.key: _reward(run, space, found, reward, perfect) for found in run.history}
         return run.found(max(run.history, key=lambda found: key[found.key]), space.start)
 

@@ -31,7 +31,7 @@ class Schedule:
     cool: float = 0.9
     perturbation: float = 0.35
     tries: int = 4
-    batch: int = 1
+    batch: int = 4
 
     def __post_init__(self) -> None:
         if not (0 < self.stop <= self.start and 0 < self.cool < 1):
