@@ -18,7 +18,41 @@ from graphprune.errors import ConfigError
 from graphprune.options import Options
 from graphprune.rounds import Task, Work, best_of, in_rounds
 from graphprune.schedule import SCHEDULES, at_epoch, at_round
+from graphprune.searched import (
+    AMCPruner,
+    AutoCompressPruner,
+    NetAdaptPruner,
+    SensitivityPruner,
+    SimulatedAnnealingPruner,
+)
 from graphprune.sparsify import Masks
+
+__all__ = [
+    "ADMMPruner",
+    "AGPPruner",
+    "AGP_Pruner",
+    "AMCPruner",
+    "ActivationAPoZRankFilterPruner",
+    "ActivationAPoZRankPruner",
+    "ActivationMeanRankFilterPruner",
+    "ActivationMeanRankPruner",
+    "AutoCompressPruner",
+    "FPGMPruner",
+    "L1FilterPruner",
+    "L1NormPruner",
+    "L2FilterPruner",
+    "L2NormPruner",
+    "LevelPruner",
+    "LinearPruner",
+    "LotteryTicketPruner",
+    "MovementPruner",
+    "NetAdaptPruner",
+    "SensitivityPruner",
+    "SimulatedAnnealingPruner",
+    "SlimPruner",
+    "TaylorFOWeightFilterPruner",
+    "TaylorFOWeightPruner",
+]
 
 
 class BasicPruner(Pruner):

@@ -81,8 +81,8 @@ class SearchPruner:
         if criterion not in ("l1", "l2", "fpgm", "bn_scale"):
             known = ("l1", "l2", "fpgm", "slim")
             raise ConfigError(
-                f"base_algo {base_algo!r}: scores no channels by their weights{closest(str(base_algo), known)}. Use one "
-                f"of {', '.join(known)}."
+                f"base_algo {base_algo!r}: scores no channels by their weights{closest(str(base_algo), known)}. "
+                f"Use one of {', '.join(known)}."
             )
         if optimize_mode not in ("maximize", "minimize"):
             raise ConfigError(f"optimize_mode {optimize_mode!r}: is not known. Use maximize or minimize.")
@@ -284,7 +284,7 @@ class AutoCompressPruner(SearchPruner):
 
 
 class AMCPruner(SearchPruner):
-    """See :func:`graphprune.search.amc`; the evaluator takes ``(val_loader, model)``, or the model if there is no loader."""
+    """See :func:`graphprune.search.amc`; the evaluator takes ``(val_loader, model)``, or the model without a loader."""
 
     def __init__(
         self,
@@ -308,9 +308,7 @@ class AMCPruner(SearchPruner):
 
     def search(self, trials: Trials) -> Found:
         """Runs the search."""
-        return amc(
-            trials, self._ratio, keep_at_least=self._least, round_to=self._round_to, episodes=self._episodes
-        )
+        return amc(trials, self._ratio, keep_at_least=self._least, round_to=self._round_to, episodes=self._episodes)
 
 
 class _Given:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from speedup.masking import attached_masks
 
 IMPORTS = (
-    (r"^from nni\.[\w.]+ import ", "from graphprune.pruners import "),
+    (r"^from nni\.[\w.]+ import .*", "from graphprune.pruners import *"),  # one example imports another name than it uses
     (r"^from lpot\.experimental import ", "from graphprune.lpot import "),
 )
 FOREIGN = re.compile(r"tensorflow|\btf\.|\bsess\b")
@@ -33,9 +33,9 @@ class Small(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.fc = nn.Linear(8, 3)
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32)
+        self.fc = nn.Linear(32, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn1(self.conv1(x)).relu()

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from graphprune.compress import Result, Stages, block_of, finished, scores_of, target_of
+from graphprune.compress import Calibrate, Result, Stages, block_of, finished, scores_of, target_of
 from graphprune.config import Request, closest
-from graphprune.criteria import Criterion, Scores
+from graphprune.criteria import Scores
 from graphprune.dependency import DependencyGraph, find_dependencies
 from graphprune.errors import ConfigError, ModelError
 from graphprune.groups import ChannelGroup
@@ -39,6 +39,9 @@ left of all parameters or of the multiply-accumulates."""
 
 Asked = Callable[[ChannelGroup], Target | str]
 
+Score = Callable[[Analysis, int], Scores]
+"""From an analysed model and a seed to a score for each class, shape (classes,)."""
+
 
 @dataclass(frozen=True, eq=False)
 class Space:
@@ -62,7 +65,7 @@ class Space:
     groups: Mapping[str, ChannelGroup]
     reasons: Mapping[int, str]
     request: Request
-    criterion: Criterion
+    criterion: Score
     block: int
     keep_at_least: float
     example_inputs: ExampleInputs
@@ -75,8 +78,9 @@ class Space:
         model: nn.Module,
         example_inputs: ExampleInputs,
         *,
-        criterion: str | Criterion = "l1",
-        asked: Asked | None = None,
+        criterion: str | Score = "l1",
+        asked: Callable[[Analysis], Asked] | None = None,
+        calibrate: Calibrate | None = None,
         keep_at_least: float = 0.0,
         **options: Any,
     ) -> "Space":
@@ -87,7 +91,9 @@ class Space:
             example_inputs: A tensor, a tuple of positional inputs or a mapping of keyword inputs.
             criterion: Name of a criterion, or a function of the analysed model and a seed that gives a score for each
                 class, shape (classes,); one that compares slices with each other sees those that are gone as zeros.
-            asked: Gives for a group why it is left alone, or any target; by default what ``options`` say.
+            asked: Gives for the analysed model what says of a group why it is left alone, or any target; by default
+                what ``options`` say.
+            calibrate: Runs the model on some batches, for criteria that look at activations or gradients.
             keep_at_least: Share of the channels of every group that stays, in [0, 1].
             **options: The fields of :class:`~graphprune.config.Request` but sparsity and scope: exclude, only, heads,
                 head_dims, ffn, width, round_to, min_channels, seed, strict.
@@ -107,11 +113,11 @@ class Space:
         dependencies = find_dependencies(analysis, whole_heads=not request.head_dims)
 
         def score(some: Analysis, seed: int) -> Any:
-            return scores_of(some, request) if isinstance(criterion, str) else criterion(some, seed)
+            return scores_of(some, request, calibrate) if isinstance(criterion, str) else criterion(some, seed)
 
         scores = score(analysis, request.seed)
         live = analysis.classes.with_slabs(np.ones(analysis.classes.count, dtype=np.bool_))
-        groups, reasons = _choosable(dependencies, asked or target_of(analysis, request), scores)
+        groups, reasons = _choosable(dependencies, asked(analysis) if asked else target_of(analysis, request), scores)
         if not groups:
             why = max(reasons.values(), key=list(reasons.values()).count, default="it has no channels that could go")
             raise ModelError(f"model: nothing can be pruned ({why}). Look at its groups with graphprune inspect.")
