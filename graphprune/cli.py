@@ -24,6 +24,8 @@ from graphprune.drawing import write_graph
 from graphprune.errors import ConfigError
 from graphprune.progress import StageDisplay
 from graphprune.report import describe_groups
+from graphprune.schedule import SCHEDULES
+from graphprune.search.finder import SEARCHES, Finder
 from graphprune.source import load_skeleton, load_source
 from graphprune.stream import deliver_checkpoint
 from speedup.errors import ProofError, SpeedupError
@@ -130,6 +132,22 @@ def compress_command(
     ] = None,
     round_to: Annotated[str, typer.Option(help="Keep multiples of this; auto asks onnxruntime on this CPU.")] = "auto",
     min_channels: Annotated[int, typer.Option(help="Channels that every axis keeps at least.")] = 1,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help=f"Prune in rounds by this schedule: {', '.join(SCHEDULES)}.", show_default="one_shot"),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Of the schedule.")] = 1,
+    search: Annotated[
+        str | None,
+        typer.Option(help=f"Search how much of each group goes: {', '.join(SEARCHES)}; needs evaluate(model)."),
+    ] = None,
+    epochs: Annotated[
+        int, typer.Option(min=0, help="Train so long, by training() in MODEL, after each shrink of rounds or a search.")
+    ] = 0,
+    journal: Annotated[
+        Path | None, typer.Option(help="File in which rounds and searches note what is done, to go on from.")
+    ] = None,
+    workers: Annotated[str | None, typer.Option(help="Where candidates run: ray, or ray://host:port.")] = None,
     seed: Seed = 0,
     inputs: Inputs = None,
     weights: Weights = None,
@@ -169,7 +187,20 @@ def compress_command(
         seed=seed,
         strict=strict,
     )
-    given = {"--weights": weights, "--opset": opset, "--threads": threads, "--device": device != "cpu"}
+    if search is not None and schedule is not None:
+        raise ConfigError("--search and --schedule: exclude each other. Give one of them.")
+    find = None
+    if search or schedule or epochs:
+        find = Finder(search, schedule or "one_shot", rounds, epochs, journal, workers)
+    given = {
+        "--search": search,
+        "--schedule": schedule,
+        "--epochs": epochs,
+        "--weights": weights,
+        "--opset": opset,
+        "--threads": threads,
+        "--device": device != "cpu",
+    }
     if checkpoint is not None and (unfit := [option for option, value in given.items() if value]):
         raise ConfigError(f"{unfit[0]}: is not for checkpoints, of which only the weights are written. Leave it out.")
     if no_proof and checkpoint is None:
@@ -201,6 +232,7 @@ def compress_command(
             out or Path(f"{source.name}-pruned"),
             request,
             force=force,
+            find=find,
             opset=opset,
             limits=None if no_bench else DEFAULT_LIMITS,
             threads=threads,

@@ -1,7 +1,7 @@
 """From a source to a folder: compress, export, measure, evaluate, write. Whole or not at all."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import nn
 from graphprune import folder as files
 from graphprune.archive import save_program
 from graphprune.blueprint import Blueprint, described
-from graphprune.compress import Progress, Result, Stages, compress
+from graphprune.compress import Calibrate, Progress, Result, Stages, compress
 from graphprune.config import Request
 from graphprune.errors import ConfigError
 from graphprune.fit import fit
@@ -23,6 +23,9 @@ from graphprune.training import Training
 from graphprune.weights import save_weights
 from speedup.export import OPSETS, ModelFile, export_onnx, export_pt2
 from speedup.latency import DEFAULT_LIMITS, Benchmark, Limits, benchmark
+
+Find = Callable[[Source, Request, Calibrate | None], Result]
+"""From a source, what is asked and what runs the model on some batches, to a result of the pipeline."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ def deliver(
     *,
     force: bool = False,
     opset: int | None = None,
+    find: Find | None = None,
     limits: Limits | None = DEFAULT_LIMITS,
     threads: int | None = None,
     command: Sequence[str] = (),
@@ -59,6 +63,7 @@ def deliver(
         folder: Where to put it.
         request: What is asked.
         force: Whether to replace a folder that is there.
+        find: A search or rounds, by which the model is found; None compresses in one shot.
         opset: Of the ONNX files; None leaves it to :func:`~speedup.export.export_onnx`.
         limits: How long to measure latency; None not to.
         threads: That onnxruntime may use while latency is measured; None leaves it to onnxruntime.
@@ -73,13 +78,13 @@ def deliver(
     stage = Stages(progress)
     with replacing(folder, force=force) as draft:
         before = stage("evaluate", source.evaluate, source.model) if source.evaluate else None
-        result = compress(
-            source.model,
-            source.example_inputs,
-            calibrate=None if source.training is None else partial(_epoch, source.training.first(request.batches)),
-            progress=progress,
-            **request.model_dump(),
-        )
+        calibrate = None if source.training is None else partial(_epoch, source.training.first(request.batches))
+        if find is not None:
+            result = stage("search", find, source, request, calibrate)
+        else:
+            result = compress(
+                source.model, source.example_inputs, calibrate=calibrate, progress=progress, **request.model_dump()
+            )
         stage.seconds |= result.report["seconds"]
         exported = stage("export", _export, source, result, draft, opset)
         latency = stage("measure", _latency, exported, draft, threads, limits) if limits else None
@@ -111,7 +116,7 @@ def _epoch(training: Training, model: nn.Module) -> None:
 def _export(source: Source, result: Result, draft: Path, opset: int | None) -> dict[str, ModelFile]:
     captured = result.dependencies.analysis.captured
     save_program(captured.program, draft / files.DENSE_PROGRAM)
-    dense, small = (captured.entry(model) for model in (source.model, result.model))
+    dense, small = (captured.entry(model) for model in (captured.model, result.model))
     inputs = source.example_inputs if captured.parts is None else captured.args
     models: Mapping[str, nn.Module] = {files.DENSE_ONNX: dense, files.ONNX: small}
     written: dict[str, ModelFile] = {

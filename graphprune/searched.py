@@ -272,13 +272,12 @@ class AutoCompressPruner(SearchPruner):
             "iterations": admm_num_iterations,
             "training_epochs": admm_training_epochs,
             "rho": row,
-            "granularity": "coarse-grained",
         }
 
     def search(self, trials: Trials) -> Found:
         """Runs the search."""
         space = trials.space
-        regularise = _Regularise(dict(space.layers), space.example_inputs, self._admm)
+        regularise = TowardsShares(space.layers, space.example_inputs, self._admm)
         sparsity = self.sparsity(space)
         return autocompress(trials, sparsity, rounds=self._rounds, schedule=self._schedule, regularise=regularise)
 
@@ -328,11 +327,13 @@ class _Given:
         return self._function(*args, **kwargs)
 
 
-class _Regularise:
-    """ADMM towards the shares of a round; a value, so that it can go to a worker."""
+class TowardsShares:
+    """ADMM towards the shares of a round of AutoCompress; a value, so that it can go to a worker."""
 
     def __init__(self, layers: Mapping[str, Sequence[str]], example: ExampleInputs, options: Mapping[str, Any]) -> None:
-        self._layers, self._options = layers, {**options, "dummy_input": example}
+        """Takes the layers of each group, example inputs, and :class:`~graphprune.options.Options` of ADMM."""
+        self._layers = dict(layers)
+        self._options = {**options, "dummy_input": example, "granularity": "coarse-grained"}
 
     def __call__(self, model: nn.Module, shares: Mapping[str, float]) -> None:
         """Trains the model in place."""

@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from speedup.masking import attached_masks
 
 IMPORTS = (
-    (r"^from nni\.[\w.]+ import .*", "from graphprune.pruners import *"),  # one example imports another name than it uses
+    (
+        r"^from nni\.[\w.]+ import .*",
+        "from graphprune.pruners import *",
+    ),  # one example imports another name than it uses
     (r"^from lpot\.experimental import ", "from graphprune.lpot import "),
 )
 FOREIGN = re.compile(r"tensorflow|\btf\.|\bsess\b")
