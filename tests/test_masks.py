@@ -79,6 +79,7 @@ def test_what_a_mask_leaves_behind_is_measured() -> None:
     small: Any = speedup.speedup_model()
     assert small[0].weight.shape[0] == 4
     assert speedup.difference is not None and speedup.difference > 0.01  # the shift of the norm is gone
+    assert not speedup.folded and "where zeros are padded" in speedup.left_behind["2.weight"]
 
 
 @pytest.mark.parametrize(

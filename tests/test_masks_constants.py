@@ -246,6 +246,13 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], Tensor, tuple[str, ...], dict[str
         ),
         ROWS, ("a.weight",), {"w": "used elsewhere"},
     ),
+    "a bias that training uses": (
+        lambda: Net(
+            lambda n, x: (n.o(n.a(x).relu()) * n.e * n.o.bias if n.training else n.o(n.a(x).relu())),
+            a=nn.Linear(6, 8), o=nn.Linear(8, 2), e=nn.Parameter(torch.ones(2)),
+        ),
+        ROWS, ("a.weight",), {"o.weight": "used elsewhere"},
+    ),
     "called twice": (
         lambda: Net(lambda n, x: n.o(n.a(x)) + n.o(n.a(x).relu() * 2), a=nn.Linear(6, 8), o=nn.Linear(8, 2)),
         ROWS, ("a.weight",), {"o.weight": "used elsewhere"},
@@ -299,6 +306,19 @@ def test_the_rewritten_graph_gets_it_too() -> None:
     speedup, small = shrunk(model, IMAGE, masks)
     assert isinstance(small, ShrunkGraph) and speedup.folded.keys() == {"o.bias"} and not speedup.left_behind
     assert gap(model, small, IMAGE, masks) < 1e-5
+
+
+def test_a_symmetric_kernel_over_the_batch() -> None:
+    """With two examples every place of the batch is a border, and both see the same; not so with three."""
+
+    def function(n: Any, x: Tensor) -> Tensor:
+        return n.o(n.a(x).relu().t()[None])[0].t()
+
+    model = drawn(Net(function, a=nn.Linear(6, 8), o=nn.Conv1d(8, 2, 3, padding=1)))
+    with torch.no_grad():
+        model.o.weight.copy_(model.o.weight[..., :1].expand(-1, -1, 3))
+    speedup, _ = shrunk(model, ROWS[:, 0], half_of(model, "a.weight"))
+    assert not speedup.folded and "at every place" in speedup.left_behind["o.weight"]
 
 
 class Branching(nn.Module):
