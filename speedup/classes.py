@@ -33,6 +33,11 @@ class Weave:
     node: str
     turns: Index
 
+    def keeps_turns(self, live: Mask) -> bool:
+        """Whether what is left takes turns as all of it did."""
+        row = np.flatnonzero(live[self.turns].reshape(-1)) % self.turns.shape[1]
+        return bool((row == np.arange(len(row)) % self.turns.shape[1]).all())
+
 
 @dataclass(frozen=True)
 class Classes:

@@ -183,18 +183,26 @@ def _all_of(classes: Index, gone: Mask, count: int) -> Mask:
 def _rectangular(analysis: Analysis, live: Mask) -> Mask:
     """Returns ``live`` with as many channels back as make every block a rectangle and give every part what it needs.
 
-    Rows that are gone stay gone, unless the block needs every row.
+    Rows that are gone stay gone, unless the block needs every row. Of every tensor something stays. Where what stays
+    does not take turns as a shuffle does, every turn comes back of which something stays.
     """
-    blocks = [block for block in analysis.classes.blocks if len(block.members) > 1]
+    classes = analysis.classes
+    blocks = [block for block in classes.blocks if len(block.members) > 1]
+    planes = [classes.plane(plane).reshape(-1) for labels in analysis.parameters.values() for plane in labels.planes]
     while True:
         before = live.copy()
+        for members in planes:
+            live[members[:1]] |= not live[members].any()
         for block in blocks:
             counts = live[block.members].sum(axis=1)
             for row, count in zip(block.members, counts, strict=True):
                 if (count or block.every) and count < counts.max():
                     live[row[~live[row]][: counts.max() - count]] = True
-        for part in analysis.classes.parts:
+        for weave in classes.weaves:
+            if not weave.keeps_turns(live):
+                live[weave.turns] = live[weave.turns].any(axis=1, keepdims=True)
+        for part in classes.parts:
             gone = part.members[~live[part.members]]
             live[gone[: max(part.least - (len(part.members) - len(gone)), 0)]] = True
         if (live == before).all():
-            return analysis.classes.with_slabs(live)
+            return classes.with_slabs(live)

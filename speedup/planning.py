@@ -24,8 +24,7 @@ def make_plan(analysis: Analysis, live: Mask) -> ShrinkPlan:
         pin = classes.pins[classes.pin_of[gone[0]]]
         raise PlanError(f"{pin.node}: {len(gone)} channels that must stay would go, the first {pin.reason}. Keep them.")
     for weave in classes.weaves:
-        row = np.flatnonzero(live[weave.turns].reshape(-1)) % weave.turns.shape[1]
-        if (row != np.arange(len(row)) % weave.turns.shape[1]).any():
+        if not weave.keeps_turns(live):
             raise PlanError(f"{weave.node}: what stays does not take turns as the shuffle does. Keep channels that do.")
     keep: dict[Axis, Index] = {}
     rows: dict[str, Index] = {}

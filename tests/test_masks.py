@@ -82,6 +82,26 @@ def test_what_a_mask_leaves_behind_is_measured() -> None:
     assert not speedup.folded and "where zeros are padded" in speedup.left_behind["2.weight"]
 
 
+def test_something_stays_of_every_layer() -> None:
+    masks = ones(net())
+    masks["0.weight"][:] = 0
+    masks["0.bias"][:] = 0
+    speedup, small = check(net(), masks)
+    assert small[0].weight.shape[0] == 1 and speedup.reconciled["0.weight"] == 1
+
+
+def test_what_a_shuffle_takes_in_turns_comes_back() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 8), nn.ChannelShuffle(2), nn.ReLU(), conv(8, 2))
+    masks = ones(model)
+    masks["0.weight"][[0, 1, 6, 7]] = 0  # of the first group its first half, of the second its second half
+    masks["0.bias"][[0, 1, 6, 7]] = 0
+    speedup = ModelSpeedup(model, image(), masks)
+    small: Any = speedup.speedup_model()
+    torch.testing.assert_close(small(image()), masked(model, masks)(image()), rtol=1e-4, atol=1e-5)
+    assert not speedup.left_behind
+
+
 @pytest.mark.parametrize(
     ("masks", "message"),
     [
