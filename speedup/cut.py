@@ -14,6 +14,7 @@ from speedup.analysis import tensor_names
 from speedup.capture import Captured, attribute
 from speedup.errors import PlanError
 from speedup.plan import Scaled, ShrinkPlan
+from speedup.program import quiet
 from speedup.rules.call import raw_argument
 
 aten = torch.ops.aten
@@ -39,7 +40,8 @@ def shrink_graph(captured: Captured, plan: ShrinkPlan) -> ShrunkGraph:
         PlanError: The plan does not fit the model.
     """
     source = captured.graph_module
-    graph = copy.deepcopy(source.graph)
+    with quiet():
+        graph = copy.deepcopy(source.graph)
     tensors = cut_tensors(captured, plan)
     names = tensor_names(source)
     for node in list(graph.nodes):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_rules import one_thread
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -18,7 +19,8 @@ def test_the_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     text = (DOCS / name).read_text(encoding="utf-8")
     blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
     names: dict[str, Any] = {}
-    for block in blocks:
-        line = text[: block.start()].count("\n") + 1
-        exec(compile("\n" * line + block[1], str(DOCS / name), "exec"), names)
+    with one_thread():
+        for block in blocks:
+            line = text[: block.start()].count("\n") + 1
+            exec(compile("\n" * line + block[1], str(DOCS / name), "exec"), names)
     assert len(blocks) > 5
