@@ -23,14 +23,16 @@ from speedup.planning import make_plan
 from speedup.program import evaluating
 from speedup.proof import Proof, prove
 from speedup.shrink import shrink
+from speedup.silenced import Silenced
 
 
 class ModelSpeedup:
     """Shrinks a model by masks, and proves that the result equals the original without the removed channels.
 
-    A channel goes when every weight that produces it has it masked out whole. The masks of coupled weights are
-    reconciled: what any of them keeps is kept, and so is what keeps a block rectangular. What is kept is multiplied by
-    its masks, so that single masked elements and masked inputs are zero.
+    A channel goes when every weight that produces it has it masked out whole, or is read by nothing but norms, such as
+    batch norms, that have its scale and shift masked out. The masks of coupled weights are reconciled: what any of them
+    keeps is kept, and so is what keeps a block rectangular. What is kept is multiplied by its masks, so that single
+    masked elements and masked inputs are zero.
 
     A mask on a weight alone may leave a constant of a channel behind, such as the shift of a batch norm after it. Where
     that is certain whatever the inputs are, and adds the same at every place, of any batch and of an image of any size,
@@ -155,10 +157,14 @@ def _produced_axes(analysis: Analysis, name: str) -> list[tuple[int, Index]]:
 
 
 def _produced(analysis: Analysis, masks: Mapping[str, Mask]) -> Mask:
-    """Which classes live, shape (classes,), when a channel goes that all weights which produce it mask out."""
+    """Which classes live, shape (classes,), when a channel goes that all weights which produce it mask out.
+
+    A weight counts as masked out where all that reads its output is a norm of which scale and shift are.
+    """
     kept = np.zeros(analysis.classes.count, dtype=np.bool_)
     dropped = np.zeros(analysis.classes.count, dtype=np.bool_)
     canonical = {analysis.aliases[name]: mask for name, mask in masks.items()}
+    silenced = Silenced(analysis, canonical)
     for name, labels in analysis.parameters.items():
         carried, masked = np.zeros_like(kept), np.zeros_like(kept)  # of what feeds back a weight has both ends
         for dim, classes in _produced_axes(analysis, name) if len(labels.shape) > 1 or name in canonical else ():
@@ -166,7 +172,7 @@ def _produced(analysis: Analysis, masks: Mapping[str, Mask]) -> Mask:
             others = tuple(d for d in range(len(labels.shape)) if d != dim)
             alive: Mask = np.ones(len(classes), dtype=np.bool_) if mask is None else np.asarray(mask.any(axis=others))
             carried[classes] = True
-            masked |= _all_of(classes, ~alive, len(masked))
+            masked |= _all_of(classes, ~alive | silenced.of(name, classes), len(masked))
         if len(labels.shape) > 1:
             kept |= carried & ~masked
         dropped |= masked
