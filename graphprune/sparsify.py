@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.config_list import Entry, Setting, target_of
-from graphprune.criteria import SLICES, Scores
+from graphprune.criteria import CRITERIA, SLICES, Scores
 from graphprune.dependency import DependencyGraph
 from graphprune.errors import ConfigError
 from graphprune.select import Selection, select
+from graphprune.targets import lowest_together, removed
 from speedup.labels import support
 
 Masks = dict[str, dict[str, Tensor]]
@@ -29,6 +30,8 @@ def element_masks(
     *,
     block: Sequence[int] = (),
     scores: Mapping[str, Tensor] | None = None,
+    gone: Mapping[str, Tensor] | None = None,
+    together: bool = False,
 ) -> Masks:
     """Returns masks for single elements of the selected layers' weights: the smallest go (Han et al., 2015).
 
@@ -38,6 +41,8 @@ def element_masks(
         block: Sizes of the blocks that go whole, by their mean, aligned to the last dimensions of a weight; single
             elements if empty.
         scores: By qualified name of a weight a tensor of its shape, instead of its absolute values.
+        gone: By qualified name of a weight a mask that it has already: what is masked out goes first.
+        together: Whether a share is one of all layers of an entry, even where that does not say so.
 
     Raises:
         ConfigError: A weight cannot be divided into such blocks.
@@ -45,14 +50,15 @@ def element_masks(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     masks: dict[str, Tensor] = {}
     for entry, layers in _by_entry(settings):
-        weights = {name: parameters[name] for layer in layers for name in weight_names(model, layer)}
-        values = {
-            name: _blocked(name, (weight.detach().abs() if scores is None else scores[name]).double(), block)
-            for name, weight in weights.items()
-        }
-        most = {name: round(entry.max_sparsity_per_layer * value.numel()) for name, value in values.items()}
-        for name, count in _counts(values, entry, most, together=False).items():
-            masks[name] = _stretched(_without_lowest(values[name], count), weights[name])
+        names = {id(parameters[name]): name for layer in layers for name in weight_names(model, layer)}  # tied: once
+        values: dict[str, Tensor] = {}
+        for name in names.values():
+            value = (parameters[name].detach().abs() if scores is None else scores[name]).double()
+            if gone is not None and name in gone:
+                value = value.masked_fill(gone[name] == 0, -math.inf)
+            values[name] = _blocked(name, value, block)
+        for name, count in _counts(values, dict.fromkeys(values, 1.0), entry, together=together).items():
+            masks[name] = _stretched(_without_lowest(values[name], count), parameters[name])
     return by_layer(masks)
 
 
@@ -101,7 +107,7 @@ def masks_of(dependencies: DependencyGraph, selection: Selection) -> Masks:
     return by_layer(masks)
 
 
-def layer_masks(model: nn.Module, settings: Mapping[str, Setting], criterion: str) -> Masks:
+def layer_masks(model: nn.Module, settings: Mapping[str, Setting], criterion: str, *, together: bool = False) -> Masks:
     """Returns masks for output channels, each layer by itself: for models of which no example inputs are known.
 
     Layers that are coupled may lose different channels; :class:`speedup.ModelSpeedup` keeps what any of them keeps.
@@ -110,23 +116,23 @@ def layer_masks(model: nn.Module, settings: Mapping[str, Setting], criterion: st
         model: The model.
         settings: What is asked of each layer.
         criterion: A name in :data:`~graphprune.criteria.SLICES`, or ``bn_scale``, for which layers are norms.
+        together: Whether a share is one of all layers of an entry, even where that does not say so.
 
     Raises:
         ConfigError: A layer has no weights that the criterion can look at.
     """
     masks: Masks = {}
     for entry, layers in _by_entry(settings):
-        values = {layer: _channel_scores(layer, model.get_submodule(layer), criterion) for layer in layers}
-        most = {
-            layer: min(round(entry.max_sparsity_per_layer * value.numel()), value.numel() - 1)
-            for layer, value in values.items()
-        }
-        for layer, count in _counts(values, entry, most, together=criterion == "bn_scale").items():
-            module = model.get_submodule(layer)
-            channels = _without_lowest(values[layer], count, groups=_groups(module, count))
+        modules = {layer: model.get_submodule(layer) for layer in layers}
+        values = {layer: _channel_scores(layer, module, criterion) for layer, module in modules.items()}
+        weights = {layer: _weight(modules[layer]).numel() / value.numel() for layer, value in values.items()}
+        relative = not CRITERIA[criterion].absolute
+        for layer, count in _counts(values, weights, entry, together=together, relative=relative).items():
+            channels = _without_lowest(values[layer], count, _parts(modules[layer], values[layer].numel()))
             masks[layer] = {
-                name: _along(channels, parameter, outputs_along(module))
-                for name, parameter in module.named_parameters(recurse=False)
+                name: _spread(channels, modules[layer], parameter)
+                for name, parameter in modules[layer].named_parameters(recurse=False)
+                if parameter.dim() > 1 or parameter.shape == channels.shape
             }
     return masks
 
@@ -155,24 +161,29 @@ def _by_entry(settings: Mapping[str, Setting]) -> Iterator[tuple[Entry, list[str
         yield settings[layers[0]].entry, layers
 
 
-def _counts(values: Mapping[str, Tensor], entry: Entry, most: Mapping[str, int], *, together: bool) -> dict[str, int]:
-    """How many of the values go of each layer: its share of them, or by one ranking of all."""
+def _counts(
+    values: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    entry: Entry,
+    *,
+    together: bool,
+    relative: bool = False,
+) -> dict[str, int]:
+    """How many of the values go of each layer: its share of them, or by one ranking of all; but never all."""
     share = entry.share or 0.0
     if entry.total_sparsity is None and not together:
-        return {name: min(math.ceil(value.numel() * share - 1e-9), most[name]) for name, value in values.items()}
-    lowest = {name: value.reshape(-1).sort(stable=True).values[: most[name]] for name, value in values.items()}
-    ranked = torch.cat(list(lowest.values()))
-    owners = torch.repeat_interleave(torch.arange(len(lowest)), torch.tensor([len(low) for low in lowest.values()]))
-    wanted = math.ceil(sum(value.numel() for value in values.values()) * share - 1e-9)
-    gone = owners[ranked.argsort(stable=True)[:wanted]]
-    return dict(zip(values, torch.bincount(gone, minlength=len(lowest)).tolist(), strict=True))
+        return {name: removed(value.numel(), share) for name, value in values.items()}
+    most = [min(int(entry.max_sparsity_per_layer * v.numel() + 1e-9), v.numel() - 1) for v in values.values()]
+    scores = [value.reshape(-1).cpu().numpy() for value in values.values()]
+    counts = lowest_together(scores, [weights[name] for name in values], share, most, relative=relative)
+    return dict(zip(values, counts, strict=True))
 
 
-def _without_lowest(values: Tensor, count: int, groups: int = 1) -> Tensor:
-    """A mask in the shape of ``values`` without the ``count`` lowest, as many of each of ``groups`` equal parts."""
-    parts = values.reshape(groups, -1)
-    order = parts.argsort(dim=1, stable=True)[:, : count // groups]
-    return torch.ones_like(parts).scatter_(1, order, 0.0).reshape(values.shape)
+def _without_lowest(values: Tensor, count: int, parts: int = 1) -> Tensor:
+    """A mask in the shape of ``values`` without the ``count`` lowest, or as many more as go of equal parts alike."""
+    rows = values.reshape(parts, -1)
+    order = rows.argsort(dim=1, stable=True)[:, : min(-(-count // parts), rows.shape[1] - 1)]
+    return torch.ones_like(rows).scatter_(1, order, 0.0).reshape(values.shape)
 
 
 def weight_names(model: nn.Module, layer: str) -> list[str]:
@@ -215,21 +226,30 @@ def _channel_scores(name: str, layer: nn.Module, criterion: str) -> Tensor:
     if is_norm:
         return weight.detach().double().abs()
     of_slice, finish = SLICES[criterion]
-    along = outputs_along(layer)
-    scores = finish(
-        of_slice(weight.detach(), [dim for dim in range(weight.dim()) if dim != along]).double().cpu().numpy()
-    )
+    scores = finish(of_slice(_outputs_first(layer, weight.detach()).flatten(1), [1]).double().cpu().numpy())
     return torch.from_numpy(np.asarray(scores))
 
 
-def _groups(layer: nn.Module, count: int) -> int:
-    """In how many parts the channels of a layer have to lose equal numbers; one if that cannot be."""
+def _parts(layer: nn.Module, channels: int) -> int:
+    """How many parts of the channels of a layer have to lose as many; a part of one channel may go."""
     groups = int(getattr(layer, "groups", 1))
-    return groups if count % groups == 0 else 1
+    return groups if groups < channels else 1
 
 
-def _along(channels: Tensor, parameter: Tensor, dim: int) -> Tensor:
-    """A mask of channels in the shape of a parameter, whose dimension ``dim`` has them; or its only one."""
-    shape = [1] * parameter.dim()
-    shape[dim if parameter.dim() > 1 else 0] = -1
-    return channels.to(parameter).reshape(shape).expand_as(parameter).clone()
+def _outputs_first(layer: nn.Module, weight: Tensor) -> Tensor:
+    """A weight as (outputs, inputs of a group, ...); a transposed convolution has the inputs of all groups first."""
+    if not outputs_along(layer):
+        return weight
+    return weight.unflatten(0, (int(getattr(layer, "groups", 1)), -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _spread(channels: Tensor, layer: nn.Module, parameter: Tensor) -> Tensor:
+    """A mask of the channels that a layer produces in the shape of one of its parameters."""
+    mask = torch.ones_like(parameter)
+    if parameter.dim() == 1:
+        return mask * channels.to(mask)
+    rows = channels.to(mask).reshape(-1, *[1] * (mask.dim() - 1))
+    if not outputs_along(layer):
+        return mask * rows
+    groups = int(getattr(layer, "groups", 1))
+    return (mask.unflatten(0, (groups, -1)) * rows.unflatten(0, (groups, -1)).transpose(1, 2)).flatten(0, 1)

@@ -43,7 +43,7 @@ def units_to_keep(
     for group in groups:
         target = targets[group.index]
         if target.ranking is None:
-            kept[group.index] = group.units - _removed(group.size, target.sparsity)
+            kept[group.index] = group.units - removed(group.size, target.sparsity)
         else:
             together.setdefault(target.ranking, []).append(group)
     for ranked in together.values():
@@ -51,28 +51,45 @@ def units_to_keep(
     return kept
 
 
+def lowest_together(
+    values: Sequence[Scores], weights: Sequence[float], share: float, most: Sequence[int], *, relative: bool
+) -> list[int]:
+    """Returns how many of each go when the lowest of all go until their weight is ``share`` of all.
+
+    Args:
+        values: The scores of each, shape (size,).
+        weights: What one value of each weighs.
+        share: The share of all that goes, in [0, 1).
+        most: The largest number of each that goes.
+        relative: Whether scores are divided by the mean of their own.
+    """
+    total = sum(weight * len(value) for weight, value in zip(weights, values, strict=True))
+    means = [value.mean() if relative and value.mean() > 0 else 1.0 for value in values]
+    lowest = [
+        np.sort(value, kind="stable")[:count] / mean for value, count, mean in zip(values, most, means, strict=True)
+    ]
+    sizes = [len(low) for low in lowest]
+    ranking = np.argsort(np.concatenate(lowest), kind="stable")
+    reached = np.cumsum(np.repeat(weights, sizes)[ranking])
+    wanted = share * total
+    count = int(np.searchsorted(reached, wanted * (1 - 1e-12) - 1e-9)) + 1 if wanted > 0 else 0
+    return np.bincount(np.repeat(np.arange(len(lowest)), sizes)[ranking[:count]], minlength=len(lowest)).tolist()
+
+
 def _ranked(
     groups: Sequence[ChannelGroup], targets: Mapping[int, Target], scores: Mapping[int, Scores]
 ) -> dict[int, int]:
-    """Units to keep of groups that are ranked together: the lowest go until their weight is the share asked for."""
-    values, owners, weights, total = [], [], [], 0.0
-    for place, group in enumerate(groups):
-        target = targets[group.index]
-        value = np.sort(scores[group.index][~group.locked], kind="stable")
-        mean = value.mean()
-        total += target.weight * len(value)
-        value = value[: min(int(target.most * len(value) + 1e-9), group.units - 1)]
-        values.append(value / mean if target.relative and mean > 0 else value)
-        owners.append(np.full(len(value), place))
-        weights.append(np.full(len(value), target.weight))
-    ranking = np.argsort(np.concatenate(values), kind="stable")
-    owner, reached = np.concatenate(owners)[ranking], np.cumsum(np.concatenate(weights)[ranking])
-    wanted = targets[groups[0].index].sparsity * total
-    count = int(np.searchsorted(reached, wanted * (1 - 1e-12) - 1e-9)) + 1 if wanted > 0 else 0
-    gone = np.bincount(owner[:count], minlength=len(groups))
-    return {group.index: group.units - int(gone[place]) for place, group in enumerate(groups)}
+    """Units to keep of groups that are ranked together."""
+    asked = [targets[group.index] for group in groups]
+    values = [scores[group.index][~group.locked] for group in groups]
+    most = [
+        min(int(one.most * len(value) + 1e-9), group.units - 1)
+        for one, value, group in zip(asked, values, groups, strict=True)
+    ]
+    gone = lowest_together(values, [one.weight for one in asked], asked[0].sparsity, most, relative=asked[0].relative)
+    return {group.index: group.units - count for group, count in zip(groups, gone, strict=True)}
 
 
-def _removed(units: int, sparsity: float) -> int:
-    """How many of ``units`` go: at least the share asked for, but never all."""
+def removed(units: int, sparsity: float) -> int:
+    """Returns how many of ``units`` go: at least the share asked for, but never all."""
     return min(units - 1, int(np.ceil(units * sparsity - 1e-9)))
