@@ -4,29 +4,30 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from graphprune.config import closest
 from graphprune.config_list import Setting, read_config_list
-from graphprune.criteria import CRITERIA, SLICES
-from graphprune.dependency import DependencyGraph, find_dependencies
+from graphprune.criteria import CRITERIA
 from graphprune.errors import ConfigError
 from graphprune.evidence import ACTIVATIONS, NOTHING, Evidence, Observer, put_back
+from graphprune.finding import MaskFinder
 from graphprune.fit import fit
 from graphprune.learned import Movement, Weights, admm, movement, slim
+from graphprune.optimizer import Moved, follow
 from graphprune.options import Options
 from graphprune.select import Selection
-from graphprune.sparsify import Masks, channel_masks, element_masks, layer_masks
+from graphprune.sparsify import Masks, by_layer, element_masks
 from graphprune.training import Training
-from speedup.analysis import Analysis, analyse
-from speedup.capture import capture
+from speedup.analysis import Analysis
 from speedup.inputs import ExampleInputs
-from speedup.masking import attach_masks, attached_masks, detach_masks, flat_masks
+from speedup.masking import attach_masks, attached_masks, flat_masks
+from speedup.plan import ShrinkPlan
 
 Learning = Literal["slim", "admm", "movement"]
 
@@ -73,6 +74,7 @@ class Pruner:
         model: The user's model.
         masks: The masks that are attached, by layer and parameter.
         settings: What is asked of each layer.
+        finder: What finds its masks.
         selection: What was asked of each channel group and what it got; None for single elements, or while no example
             inputs are known.
     """
@@ -84,16 +86,16 @@ class Pruner:
         algorithm: str,
         options: Options,
         *,
-        shares: bool = True,
+        settings: Mapping[str, Setting] | None = None,
     ) -> None:
         """Checks what is asked; nothing is done yet.
 
         Args:
             model: Any module.
-            config_list: Which layers, and how much of each.
+            config_list: Which layers, and how much of each. Soft movement may leave that to its threshold.
             algorithm: A name in :data:`ALGORITHMS`.
             options: Everything else.
-            shares: Whether every entry has to say how much goes.
+            settings: What a config list says of each layer, if it was read already.
 
         Raises:
             ConfigError: What is asked makes no sense for this model.
@@ -104,20 +106,60 @@ class Pruner:
                 f"{algorithm!r}: is no basic pruner{closest(str(algorithm), known)}. Use one of {', '.join(known)}."
             )
         self.model, self.options, self.algorithm = model, options, ALGORITHMS[algorithm]
-        self.settings: dict[str, Setting] = {
-            layer: setting.at_most(options.max_sparsity_per_layer)
-            for layer, setting in read_config_list(model, config_list, shares=shares).items()
-        }
-        if options.dependency_aware and options.dummy_input is None and options.trainer is None:
-            raise ConfigError("dependency_aware: needs example inputs to know what depends on what. Give dummy_input.")
+        self._name, self._training = algorithm, options.training
+        self.finder = MaskFinder(
+            model,
+            self.algorithm.criterion or ("l2" if options.granularity == "coarse-grained" else None),
+            together=self.algorithm.together or options.mode == "global",
+            block=options.block,
+            inputs=options.dummy_input,
+        )
+        self._check()
+        if settings is None:
+            soft = self.algorithm.learning == "movement" and options.score_threshold is not None
+            read = read_config_list(model, config_list, shares=not soft)
+            settings = {layer: one.at_most(options.max_sparsity_per_layer) for layer, one in read.items()}
+        self.settings = dict(settings)
         self.masks: Masks = {}
         self.selection: Selection | None = None
-        self._training = options.training
-        self._inputs: ExampleInputs | None = options.dummy_input
-        self._known: DependencyGraph | None = None
         self._scores: Weights | None = None
+        self._soft: Masks = {}
         self._need = CRITERIA[self.algorithm.criterion or "l1"].need
         self._watching: tuple[Observer, ExitStack] | None = None
+
+    def _check(self) -> None:
+        """Refuses options that do not go together."""
+        options, learning, known = self.options, self.algorithm.learning, self.options.dummy_input is not None
+        if learning in ("admm", "movement") and self._training is None:
+            raise ConfigError(f"trainer: is missing, and {self._name} trains the model. Give a trainer.")
+        if learning in ("slim", "admm") and self._training is not None:
+            self._training.regularised(lambda: torch.zeros(()))
+        if (options.dependency_aware or options.mode == "dependency_aware") and not known and self._training is None:
+            raise ConfigError("dependency_aware: needs example inputs to know what depends on what. Give dummy_input.")
+        if learning == "movement" and self.structured and not known:
+            raise ConfigError("granularity 'coarse-grained': movement needs example inputs for it. Give dummy_input.")
+        if learning == "movement" and self.structured and options.score_threshold is not None:
+            raise ConfigError("score_threshold: is one of single elements. Use granularity 'fine-grained'.")
+
+    def following(self, model: nn.Module, plan: ShrinkPlan | None = None) -> "Pruner":
+        """Returns the same pruner for another model; its optimizer follows.
+
+        Args:
+            model: A copy of the model, or what is left of it.
+            plan: What is left; None for everything.
+        """
+        options = self.options
+        if isinstance(options.optimizer, Optimizer):
+            moved = Moved(model) if plan is None else Moved(model, plan)
+            options = options.model_copy(update={"optimizer": follow(options.optimizer, self.model, moved)})
+        made = Pruner(model, (), self._name, options, settings=self.settings)
+        made.finder.inputs = self.finder.inputs
+        return made
+
+    @property
+    def structured(self) -> bool:
+        """Whether whole channels go."""
+        return self.finder.criterion is not None
 
     def compress(self, settings: Mapping[str, Setting] | None = None) -> tuple[nn.Module, Masks]:
         """Returns the model, with masks attached, and the masks.
@@ -140,40 +182,63 @@ class Pruner:
 
     def prune(self, settings: Mapping[str, Setting], evidence: Evidence = NOTHING) -> None:
         """Attaches masks for what is asked of each layer; what is masked already goes first."""
-        masks = attached_masks(self.model)
-        named = dict(self.model.named_parameters(remove_duplicate=False))
-        with self._holding({name: named[name] * mask for name, mask in masks.items()}):
-            found, self.selection = self._find(settings, evidence, self.selection)
+        gone = attached_masks(self.model)
+        if self.structured:
+            named = dict(self.model.named_parameters(remove_duplicate=False))
+            with self.finder.holding({name: named[name] * mask for name, mask in gone.items()}):
+                found, self.selection = self.finder.channels(
+                    settings, evidence, scores=self._scores, before=self.selection
+                )
+        else:
+            asked = {layer: one for layer, one in settings.items() if one.entry.share is not None}
+            found = self.finder.elements(asked, scores=self._scores, gone=gone)
+            found |= {layer: masks for layer, masks in self._soft.items() if layer not in asked}
         attach_masks(self.model, found)
         self.masks.clear()
         self.masks.update(found)
 
-    def go_on(self, settings: Mapping[str, Setting]) -> None:
+    def watch(self) -> None:
+        """Begins to look on while somebody else's loop runs the model, if the algorithm looks at more than weights."""
+        if self._watching is not None:
+            self._watching[1].close()
+            self._watching = None
+        if self._need != "weights":
+            observer, stack = self._observer(), ExitStack()
+            stack.enter_context(observer.watching())
+            self._watching = observer, stack
+
+    def go_on(self, settings: Mapping[str, Setting], *, last: bool = False) -> bool:
         """Attaches masks for what is asked now, by what somebody else's loop has shown since the last time.
 
-        What looks at activations or gradients does nothing as long as nothing was shown.
+        Returns whether it did: what looks at activations or gradients does not as long as nothing was shown.
+
+        Args:
+            settings: What is asked of each layer.
+            last: Whether nothing is looked at afterwards.
         """
+        if self._watching is None:
+            self.watch()
         evidence = NOTHING
-        if self._need != "weights":
-            if self._watching is None:
-                self._watch()
-                return
+        if self._watching is not None:
             observer, stack = self._watching
             if not observer.count:
-                return
-            stack.close()
+                return False
             evidence = observer.evidence(self.options.seed)
-            self._watch()
+            stack.close()
+            self._watching = None
+            if not last:
+                self.watch()
         self.prune(settings, evidence)
+        return True
 
     def learn(self, settings: Mapping[str, Setting]) -> None:
         """Trains the model as the algorithm does before its weights are scored."""
         learning, options, training = self.algorithm.learning, self.options, self._training
         if learning is None or (learning == "slim" and training is None):
             return
-        if training is None:
-            raise ConfigError(f"trainer: is missing, and {learning} trains the model. Give a trainer.")
-        weights = self._weights(settings)
+        assert training is not None
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        weights = {name: named[name] for name, _ in flat_masks(element_masks(self.model, settings))}
         epochs = options.training_epochs or (5 if learning == "admm" else 1)
         with self._remembering_inputs():
             if learning == "slim":
@@ -183,7 +248,7 @@ class Pruner:
                     self.model,
                     training,
                     weights,
-                    lambda values: self._project(settings, values),
+                    partial(self.finder.project, settings),
                     rho=options.rho,
                     iterations=options.iterations,
                     epochs=epochs,
@@ -198,7 +263,7 @@ class Pruner:
 
         def keep(values: Weights, share: float) -> Weights:
             asked = {layer: one.asking((one.entry.share or 0.0) * share) for layer, one in settings.items()}
-            return dict(flat_masks(element_masks(self.model, asked, scores=values)))
+            return self.finder.project(asked, weights, values)
 
         begin, options = self.options.warm_up_step, self.options
         scores = Movement(
@@ -211,6 +276,8 @@ class Pruner:
             penalty=options.regular_scale,
         )
         movement(self.model, training, scores, epochs)
+        if options.score_threshold is not None:
+            self._soft = by_layer(scores.masks())
         return {name: score.detach() for name, score in scores.scores.items()}
 
     def observe(self, training: Training) -> Evidence:
@@ -223,20 +290,8 @@ class Pruner:
             optimizer.load_state_dict(state)
         return observer.evidence(self.options.seed)
 
-    @property
-    def dependencies(self) -> DependencyGraph | None:
-        """What goes together; None while no example inputs are known."""
-        if self._known is None and self._inputs is not None:
-            masks = attached_masks(self.model)
-            detach_masks(self.model, multiply=False)
-            try:
-                self._known = find_dependencies(analyse(capture(self.model, self._inputs)))
-            finally:
-                attach_masks(self.model, masks)
-        return self._known
-
     def _observer(self) -> Observer:
-        activation, known = self.options.activation, self.dependencies
+        activation, known = self.options.activation, self.finder.dependencies
         return Observer(
             self._analysed if known is None else known.analysis,
             self.model,
@@ -246,81 +301,27 @@ class Pruner:
         )
 
     def _analysed(self, inputs: ExampleInputs) -> Analysis:
-        self._inputs = inputs
-        assert self.dependencies is not None
-        return self.dependencies.analysis
-
-    def _watch(self) -> tuple[Observer, ExitStack]:
-        """Begins to look on while somebody else's loop runs the model."""
-        observer, stack = self._observer(), ExitStack()
-        stack.enter_context(observer.watching())
-        self._watching = observer, stack
-        return self._watching
+        self.finder.inputs = inputs
+        assert self.finder.dependencies is not None
+        return self.finder.dependencies.analysis
 
     def _wait(self) -> None:
         """Attaches masks as soon as somebody else's loop has shown enough batches."""
-        observer, stack = self._watch()
+        self.watch()
+        assert self._watching is not None
+        observer, stack = self._watching
 
         def on_call(*_: Any) -> None:
             if observer.count >= self.options.training_batches:
                 stack.close()
+                self._watching = None
                 self.prune(self.settings, observer.evidence(self.options.seed))
 
         stack.callback(self.model.register_forward_pre_hook(on_call).remove)
-
-    def _find(
-        self, settings: Mapping[str, Setting], evidence: Evidence, before: Selection | None
-    ) -> tuple[Masks, Selection | None]:
-        """Masks for what is asked, and what was chosen of each group; what was gone before goes again."""
-        if not self._structured:
-            return element_masks(self.model, settings, block=self.options.block, scores=self._scores), None
-        name, known = self.algorithm.criterion or "l2", self.dependencies
-        if known is None:
-            if name not in (*SLICES, "bn_scale"):
-                raise ConfigError(f"criterion {name!r}: needs example inputs. Give dummy_input.")
-            return layer_masks(self.model, settings, name), None
-        criterion = CRITERIA[name]
-        scores = criterion(known.analysis, evidence, produced=True)
-        if before is not None:
-            scores[~before.live] = min(0.0, float(np.nanmin(scores, initial=0.0)))
-        together = self.algorithm.together or self.options.mode == "global"
-        return channel_masks(known, scores, settings, together=together, relative=not criterion.absolute)
-
-    def _project(self, settings: Mapping[str, Setting], values: Weights) -> Weights:
-        """The masks that are asked of weights with these values."""
-        with self._holding(values):
-            masks, _ = self._find(settings, NOTHING, None)
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        found = dict(flat_masks(masks))
-        return {name: found.get(name, torch.ones_like(parameters[name])) for name in values}
-
-    def _weights(self, settings: Mapping[str, Setting]) -> dict[str, nn.Parameter]:
-        """The weights of the selected layers, by qualified name."""
-        named = dict(self.model.named_parameters(remove_duplicate=False))
-        return {name: named[name] for name, _ in flat_masks(element_masks(self.model, settings))}
-
-    @contextmanager
-    def _holding(self, values: Weights) -> Iterator[None]:
-        """Puts values into parameters while the context is open."""
-        named = dict(self.model.named_parameters(remove_duplicate=False))
-        held = {name: named[name].detach().clone() for name in values}
-        try:
-            with torch.no_grad():
-                for name, value in values.items():
-                    named[name].copy_(value)
-            yield
-        finally:
-            with torch.no_grad():
-                for name, value in held.items():
-                    named[name].copy_(value)
 
     @contextmanager
     def _remembering_inputs(self) -> Iterator[None]:
         """Takes the inputs of the first call as the example, if there is none."""
         observer = Observer(self._analysed, self.model, "activations", 0)
-        with observer.watching() if self._inputs is None and self._structured else ExitStack():
+        with observer.watching() if self.finder.inputs is None and self.structured else ExitStack():
             yield
-
-    @property
-    def _structured(self) -> bool:
-        return self.algorithm.criterion is not None or self.options.granularity == "coarse-grained"

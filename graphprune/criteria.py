@@ -128,6 +128,16 @@ def taylor(analysis: Analysis, evidence: Evidence, produced: bool) -> Scores:
     return _summed(analysis, partial(_in_parts, Tensor.abs), produced, evidence.saliency)
 
 
+def learned_scores(scores: Mapping[str, Tensor]) -> Criterion:
+    """Returns the criterion that adds up scores of single elements, by qualified name of a weight, over the slices."""
+
+    def score(analysis: Analysis, evidence: Evidence, produced: bool) -> Scores:
+        found = {analysis.aliases[name]: tensor for name, tensor in scores.items()}
+        return _summed(analysis, partial(_in_parts, Tensor.detach), produced, found)
+
+    return Criterion(score)
+
+
 def random(analysis: Analysis, evidence: Evidence, produced: bool) -> Scores:
     """Uniform numbers from the seed: the control that every other criterion should beat."""
     return np.random.default_rng(evidence.seed).random(analysis.classes.count)

@@ -13,7 +13,7 @@ from graphprune.fit import Epoch, fit
 from graphprune.loss import proximity, shrinkage
 from graphprune.training import Training
 from speedup.masked_class import PREFIX
-from speedup.masking import attach_masks, detach_masks
+from speedup.masking import attach_masks, attached_masks, detach_masks
 
 Weights = Mapping[str, Tensor]
 """Tensors by qualified names of parameters."""
@@ -132,6 +132,7 @@ class Movement:
     @contextmanager
     def during(self, optimizer: Optimizer) -> Iterator[None]:
         """Learns with every step of ``optimizer`` while the context is open; so long are the masks attached."""
+        before = attached_masks(self._model)
         attach_masks(self._model, self.masks())
         self._listen()
         handle = optimizer.register_step_post_hook(self._step)
@@ -140,6 +141,7 @@ class Movement:
         finally:
             handle.remove()
             detach_masks(self._model, multiply=False)
+            attach_masks(self._model, before)
 
     def masks(self) -> dict[str, Tensor]:
         """The masks of the scores as they are, by qualified name of the weight."""

@@ -1,5 +1,6 @@
 """What the constructors of NNI's pruners take beside a model and a config list, under all its names."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -36,7 +37,8 @@ class Options(BaseModel):
         block: Sizes of the blocks that go whole where single elements would go.
         warm_up_step: Steps of movement before anything goes.
         cool_down_beginning_step: The step of movement after which its sparsity stays.
-        score_threshold: Of the sigmoid of movement's scores, which makes it soft; None for hard.
+        score_threshold: Of the sigmoid of movement's scores, which makes it soft; None for hard. Layers of which the
+            config list does not say how much goes lose what is below it in the end.
         regular_scale: Weight of movement's penalty on soft scores.
         seed: Of everything that is random.
     """
@@ -63,6 +65,34 @@ class Options(BaseModel):
     score_threshold: float | None = None
     regular_scale: float = 1.0
     seed: int = 0
+
+    @field_validator("scale", "rho", "regular_scale", "warm_up_step", "cool_down_beginning_step", "seed")
+    @classmethod
+    def _weights_and_steps_are_not_negative(cls, value: float) -> float:
+        if not 0 <= value < math.inf:
+            raise ValueError("is negative or no number. Use 0 or more")
+        return value
+
+    @field_validator("max_sparsity_per_layer")
+    @classmethod
+    def _most_is_a_share(cls, value: float) -> float:
+        if not 0 < value <= 1:
+            raise ValueError("is not in (0, 1]. Use a share such as 0.9")
+        return value
+
+    @field_validator("score_threshold")
+    @classmethod
+    def _threshold_is_one_of_a_sigmoid(cls, value: float | None) -> float | None:
+        if value is not None and not 0 < value < 1:
+            raise ValueError("is not in (0, 1), as a sigmoid is. Use a threshold such as 0.1")
+        return value
+
+    @field_validator("block")
+    @classmethod
+    def _blocks_have_sizes(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(size < 1 for size in value):
+            raise ValueError("has a size below 1. Use sizes such as (4, 1)")
+        return value
 
     @field_validator("training_batches", "training_epochs", "iterations")
     @classmethod

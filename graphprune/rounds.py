@@ -14,14 +14,12 @@ from graphprune.config_list import Setting
 from graphprune.errors import ConfigError
 from graphprune.fit import evaluated
 from graphprune.schedule import Schedule, at_round
-from graphprune.sparsify import Masks, outputs_along, weight_names
+from graphprune.sparsify import Masks, by_layer, outputs_along, weight_names
 from speedup.inputs import ExampleInputs
-from speedup.masking import without_masks
+from speedup.masking import attach_masks, flat_masks, without_masks
 from speedup.masks import ModelSpeedup
 
 Work = Callable[[nn.Module], Any]
-MakePruner = Callable[[nn.Module], Pruner]
-"""From a model to its basic pruner."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +27,9 @@ class Task:
     """What a round came to.
 
     Attributes:
-        id: Its number, from 0, which is the model as it was.
-        model: The model after it: shrunk, or with its masks multiplied in.
-        masks: The masks of the round, by layer and parameter; of channels that are gone already there are none.
+        id: Its number. Rounds that prune are counted from 1.
+        model: The model after it: shrunk, its masks multiplied in.
+        masks: The masks that act in it, by layer and parameter; of channels that are gone there are none.
         score: What the evaluator said of it; None without one.
         config_list: What was asked in it, layer by layer.
     """
@@ -44,9 +42,7 @@ class Task:
 
 
 def in_rounds(
-    model: nn.Module,
-    settings: Mapping[str, Setting],
-    make_pruner: MakePruner,
+    pruner: Pruner,
     schedule: Schedule,
     rounds: int,
     *,
@@ -56,19 +52,18 @@ def in_rounds(
     speedup: bool = False,
     rewind: bool = False,
 ) -> Iterator[Task]:
-    """Yields what each round comes to. The model is not changed; each round goes on with that of the last.
+    """Yields what each round comes to. The pruner's model is not changed; each round goes on with that of the last.
 
     Args:
-        model: The model.
-        settings: What is asked of each layer in the end.
-        make_pruner: Makes the basic pruner of a round.
+        pruner: The basic pruner, and what is asked of each layer in the end.
         schedule: How sparsity grows.
         rounds: How many there are.
         finetune: Trains the masked or shrunk model of a round in place.
         evaluate: Says how good a model is, in eval mode.
         example_inputs: For the shrink.
         speedup: Whether channels go physically after each round: the next one takes ``(target - done) / (1 - done)``.
-        rewind: Whether what survives a round returns to its first values (the lottery ticket).
+        rewind: Whether what survives a round returns to its first values (the lottery ticket); the dense model is
+            trained once before the first round then.
 
     Raises:
         ConfigError: An option makes no sense.
@@ -78,21 +73,25 @@ def in_rounds(
         raise ConfigError(f"total_iteration {rounds}: is below 1. Use 1 or more.")
     if speedup and example_inputs is None:
         raise ConfigError("speedup: needs example inputs. Give dummy_input.")
-    current = copy.deepcopy(model)
+    settings, dense = pruner.settings, pruner.model
+    current = copy.deepcopy(dense)
+    pruner = pruner.following(current)
     first = {name: tensor.detach().clone() for name, tensor in current.state_dict().items()}
-    dense = _widths(current, current, settings)
-    pruner = make_pruner(current)
+    if rewind and finetune is not None:
+        finetune(current)
     for number in range(1, rounds + 1):
-        gone = _gone(dense, _widths(current, model, settings), settings)
-        asked = at_round(settings, schedule, number, rounds, gone)
+        asked = at_round(settings, schedule, number, rounds, _gone(pruner, dense))
         _, masks = pruner.compress(asked)
         masks = copy.deepcopy(masks)
         if speedup:
             assert example_inputs is not None
             shrinker = ModelSpeedup(current, example_inputs, masks)
             current = shrinker.speedup_model()
+            pruner = pruner.following(current, shrinker.plan)
             first = shrinker.cut(first)
-            pruner = make_pruner(current)
+            left = {name: mask for name, mask in shrinker.cut(dict(flat_masks(masks))).items() if not bool(mask.all())}
+            attach_masks(current, left)
+            masks = by_layer(left)
         if rewind:
             with torch.no_grad():
                 for name, tensor in current.state_dict(keep_vars=True).items():
@@ -127,27 +126,28 @@ def config_list_of(settings: Mapping[str, Setting]) -> list[dict[str, Any]]:
     return found
 
 
-def _widths(model: nn.Module, dense: nn.Module, settings: Mapping[str, Setting]) -> dict[str, tuple[int, int]]:
-    """Of each layer the channels that it produces now, and its weights in the dense model."""
-    named, before = (dict(one.named_parameters(remove_duplicate=False)) for one in (model, dense))
-    found = {}
-    for layer in settings:
-        name = next(iter(weight_names(dense, layer)))
-        along = outputs_along(dense.get_submodule(layer))
-        found[layer] = (named[name].shape[along if named[name].dim() > 1 else 0], before[name].numel())
-    return found
+def _gone(pruner: Pruner, dense: nn.Module) -> Callable[[str], float]:
+    """Returns what says which share of a layer is gone; where several are ranked, of all of their weights.
 
+    Where channels go, a layer's weights count by the channels that it produces; what goes with channels that it reads
+    is no part of its share.
+    """
+    now, before = (dict(one.named_parameters(remove_duplicate=False)) for one in (pruner.model, dense))
 
-def _gone(
-    dense: Mapping[str, tuple[int, int]], now: Mapping[str, tuple[int, int]], settings: Mapping[str, Setting]
-) -> Callable[[str], float]:
-    """Returns what says which share of a layer is gone; where several are ranked, of all of their weights."""
+    def left(layer: str) -> tuple[float, int]:
+        """How many weights a layer has now and had before."""
+        names = weight_names(dense, layer)
+        if not pruner.structured:
+            return sum(now[name].numel() for name in names), sum(before[name].numel() for name in names)
+        wide, narrow = before[names[0]], now[names[0]]
+        along = outputs_along(dense.get_submodule(layer)) if wide.dim() > 1 else 0
+        return wide.numel() * narrow.shape[along] / wide.shape[along], wide.numel()
 
     def gone(layer: str) -> float:
-        setting = settings[layer]
-        alike = [other for other, one in settings.items() if one.position == setting.position]
-        counted = [layer] if setting.entry.total_sparsity is None else alike
-        left = sum(now[one][0] / dense[one][0] * dense[one][1] for one in counted)
-        return 1 - left / sum(dense[one][1] for one in counted)
+        setting = pruner.settings[layer]
+        ranked = pruner.finder.together or setting.entry.total_sparsity is not None
+        alike = [other for other, one in pruner.settings.items() if one.position == setting.position]
+        counts = [left(one) for one in (alike if ranked else [layer])]
+        return 1 - sum(count for count, _ in counts) / sum(total for _, total in counts)
 
     return gone

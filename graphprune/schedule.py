@@ -39,7 +39,7 @@ SCHEDULES: Mapping[str, Schedule] = {
 def at_epoch(schedule: Schedule, entry: Entry, epoch: int) -> float:
     """Returns the sparsity that an entry asks for in an epoch.
 
-    Nothing but the initial sparsity before ``start_epoch``; a step every ``frequency`` epochs, the last of which
+    Nothing before ``start_epoch``, and the initial sparsity in it; a step every ``frequency`` epochs, the last of which
     reaches the final one in ``end_epoch``.
 
     Args:
@@ -48,8 +48,10 @@ def at_epoch(schedule: Schedule, entry: Entry, epoch: int) -> float:
         epoch: The epoch that begins.
     """
     assert entry.end_epoch is not None
+    if epoch < entry.start_epoch:
+        return 0.0
     final, span = entry.share or 0.0, entry.end_epoch - entry.start_epoch
-    passed = min(max(epoch - entry.start_epoch, 0), span)
+    passed = min(epoch - entry.start_epoch, span)
     step = passed if passed == span else passed // entry.frequency * entry.frequency
     return schedule(entry.initial_sparsity, final, step, span)
 

@@ -121,11 +121,12 @@ def layer_masks(model: nn.Module, settings: Mapping[str, Setting], criterion: st
     Raises:
         ConfigError: A layer has no weights that the criterion can look at.
     """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     masks: Masks = {}
     for entry, layers in _by_entry(settings):
         modules = {layer: model.get_submodule(layer) for layer in layers}
         values = {layer: _channel_scores(layer, module, criterion) for layer, module in modules.items()}
-        weights = {layer: _weight(modules[layer]).numel() / value.numel() for layer, value in values.items()}
+        weights = {layer: parameters[f"{layer}.weight"].numel() / value.numel() for layer, value in values.items()}
         relative = not CRITERIA[criterion].absolute
         for layer, count in _counts(values, weights, entry, together=together, relative=relative).items():
             channels = _without_lowest(values[layer], count, _parts(modules[layer], values[layer].numel()))
@@ -240,7 +241,7 @@ def _outputs_first(layer: nn.Module, weight: Tensor) -> Tensor:
     """A weight as (outputs, inputs of a group, ...); a transposed convolution has the inputs of all groups first."""
     if not outputs_along(layer):
         return weight
-    return weight.unflatten(0, (int(getattr(layer, "groups", 1)), -1)).transpose(1, 2).flatten(0, 1)
+    return torch.unflatten(weight, 0, (int(getattr(layer, "groups", 1)), -1)).transpose(1, 2).flatten(0, 1)
 
 
 def _spread(channels: Tensor, layer: nn.Module, parameter: Tensor) -> Tensor:
@@ -251,5 +252,5 @@ def _spread(channels: Tensor, layer: nn.Module, parameter: Tensor) -> Tensor:
     rows = channels.to(mask).reshape(-1, *[1] * (mask.dim() - 1))
     if not outputs_along(layer):
         return mask * rows
-    groups = int(getattr(layer, "groups", 1))
-    return (mask.unflatten(0, (groups, -1)) * rows.unflatten(0, (groups, -1)).transpose(1, 2)).flatten(0, 1)
+    parts = (int(getattr(layer, "groups", 1)), -1)
+    return (torch.unflatten(mask, 0, parts) * torch.unflatten(rows, 0, parts).transpose(1, 2)).flatten(0, 1)

@@ -73,7 +73,10 @@ def lowest_together(
     reached = np.cumsum(np.repeat(weights, sizes)[ranking])
     wanted = share * total
     count = int(np.searchsorted(reached, wanted * (1 - 1e-12) - 1e-9)) + 1 if wanted > 0 else 0
-    return np.bincount(np.repeat(np.arange(len(lowest)), sizes)[ranking[:count]], minlength=len(lowest)).tolist()
+    counts: list[int] = np.bincount(
+        np.repeat(np.arange(len(lowest)), sizes)[ranking[:count]], minlength=len(lowest)
+    ).tolist()
+    return counts
 
 
 def _ranked(
