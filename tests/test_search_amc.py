@@ -96,11 +96,11 @@ def test_an_agent_learns_what_a_bandit_pays() -> None:
     agent = Agent(2, Learning(hidden=32), 0)
     places = [np.array(row, dtype=np.float32) for row in ([1, 0], [0, 1])]
     draws = np.random.default_rng(0)
-    for _ in range(300):
+    for _ in range(250):
         place = int(draws.integers(2))
         action = agent.act(places[place], 0.4)
         agent.remember([Step(places[place], action, -100 * (action - (0.2, 0.8)[place]) ** 2, None)])
-        agent.learn(4)
+        agent.learn(3)
     assert agent.act(places[0], 0) == pytest.approx(0.2, abs=0.1)
     assert agent.act(places[1], 0) == pytest.approx(0.8, abs=0.1)
 

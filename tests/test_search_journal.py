@@ -87,7 +87,7 @@ class Counting:
 
 SEARCHES = {
     "netadapt": lambda trials: netadapt(trials, 0.6, step=0.2, finetune=jiggle),
-    "annealing": lambda trials: annealing(trials, 0.4, schedule=Schedule(cool=0.5, tries=2, batch=2)),
+    "annealing": lambda trials: annealing(trials, 0.4, schedule=Schedule(cool=0.7, tries=2, batch=2)),
     "amc": lambda trials: amc(trials, 0.6, round_to=1, episodes=Episodes(6, 2)),
 }
 
@@ -102,7 +102,8 @@ def test_a_stopped_search_goes_on(space: Space, tmp_path: Path, search: str) -> 
     run = SEARCHES[search]
     whole = Counting()
     expected = run(Trials(space, whole))
-    for stop in (0, 1, whole.calls // 2, whole.calls - 1):
+    assert whole.calls >= 3
+    for stop in sorted({0, whole.calls // 2, whole.calls - 1}):
         journal = tmp_path / f"{stop}.jsonl"
         first, second = Counting(stop), Counting()
         with pytest.raises(KeyboardInterrupt):
