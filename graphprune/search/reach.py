@@ -1,12 +1,16 @@
 """What is wished of each group -> shares that reach an overall target, and no more than that."""
 
-from collections.abc import Callable
+import math
 
 from graphprune.errors import ConfigError
 from graphprune.search.space import Measure, Shares, Space
 from graphprune.search.state import State
 
-_HALVINGS = 30
+_RESOLUTION = 1e-12
+"""Relative to it no factors are told apart below this: several groups give a unit at the same one."""
+
+_NOTHING = 1e-6
+"""Wishes below this part of the largest are none."""
 
 
 def reach(space: Space, wish: Shares, left: float, of: Measure, state: State) -> dict[str, float]:
@@ -25,38 +29,35 @@ def reach(space: Space, wish: Shares, left: float, of: Measure, state: State) ->
         ConfigError: So much cannot go.
     """
     now = space.shares(state.live)
+    largest = max(wish.values(), default=0.0)
+    wish = {name: value for name, value in wish.items() if value > _NOTHING * largest}
+    highest = 1 / min(wish.values(), default=1.0)
 
     def wished(factor: float) -> dict[str, float]:
-        return {n: min(space.most(n), s + factor * max(wish.get(n, 0.0), 0.0) * (1 - s)) for n, s in now.items()}
+        return {n: min(space.most(n), s + factor * wish.get(n, 0.0) * (1 - s)) for n, s in now.items()}
 
     def further(factor: float) -> dict[str, float]:
-        first = wished(1 / min((w for w in wish.values() if w > 0), default=1.0))
+        first = wished(highest)
         return {n: min(space.most(n), max(first[n], s + factor * (1 - s))) for n, s in now.items()}
 
     def enough(shares: Shares) -> bool:
         return space.left(space.live(shares, state), of) <= left + 1e-9
 
-    for some in (wished, further):
-        found = _smallest(some, enough, wish)
-        if found is not None:
-            return found
+    def units(shares: Shares) -> int:
+        return sum(math.ceil(space.groups[name].size * share - 1e-9) for name, share in shares.items())
+
+    for some, top in ((wished, highest), (further, 1.0)):
+        low, high = 0.0, top
+        if enough(some(low)):
+            return some(low)
+        if not enough(some(high)):
+            continue
+        while units(some(high)) - units(some(low)) > 1 and high - low > _RESOLUTION * high:
+            middle = (low + high) / 2
+            low, high = (low, middle) if enough(some(middle)) else (middle, high)
+        return some(high)
     least = space.left(space.live(further(1.0), state), of)
     raise ConfigError(
         f"target: {left:.3f} of the {of} may be left, and {least:.3f} stay even where every group gives all it may. "
         "Ask for less, or let more groups go."
     )
-
-
-def _smallest(
-    some: Callable[[float], dict[str, float]], enough: Callable[[Shares], bool], wish: Shares
-) -> dict[str, float] | None:
-    """The shares of the smallest factor that are enough, up to where every wish takes all; None if none are."""
-    low, high = 0.0, 1 / min((w for w in wish.values() if w > 0), default=1.0)
-    if enough(some(low)):
-        return some(low)
-    if not enough(some(high)):
-        return None
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if enough(some(middle)) else (middle, high)
-    return some(high)

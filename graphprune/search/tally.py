@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,7 +15,7 @@ from graphprune.budget import counted, flops_by_node, used_parameters
 from speedup.analysis import Analysis, bind
 from speedup.capture import attribute
 from speedup.inputs import batch_size
-from speedup.labels import Labels, Mask
+from speedup.labels import Index, Labels, Mask
 from speedup.literals import LITERALS, Remains
 from speedup.rules import Call
 
@@ -60,19 +61,32 @@ class Tally:
     def _shape(self, name: str, live: Mask) -> tuple[int, ...]:
         return self.analysis.classes.live_shape(self.analysis.parameters[name], live, name)
 
+    @cached_property
+    def _touched(self) -> Mapping[fx.Node, Index]:
+        """For each node of :attr:`dense` the classes that its inputs carry."""
+        found = {}
+        for node in self.dense:
+            planes = [plane for source in _tensors_into(node) for plane in self._labels(source).planes]
+            classes = [np.unique(self.analysis.classes.plane(plane)) for plane in planes]
+            found[node] = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *classes]))
+        return found
+
     def _flops(self, node: fx.Node, live: Mask) -> int:
         """The operations of ``node`` with tensors of the shapes that are left."""
-        sources = [source for source in node.all_input_nodes if isinstance(source.meta.get("val"), Tensor)]
-        shapes = {source: self._left(source, live) for source in sources}
-        key = (node, tuple(shapes.values()))
-        if key not in self._seen:
-            self._seen[key] = self._counted(node, shapes, live)
-        return self._seen[key]
+        same = (node, live[self._touched[node]].tobytes())
+        if same not in self._seen:
+            live_shape = self.analysis.classes.live_shape
+            shapes = {source: live_shape(self._labels(source), live, source.name) for source in _tensors_into(node)}
+            key = (node, tuple(shapes.values()))
+            if key not in self._seen:
+                self._seen[key] = self._counted(node, shapes, live)
+            self._seen[same] = self._seen[key]
+        return self._seen[same]
 
-    def _left(self, source: fx.Node, live: Mask) -> tuple[int, ...]:
+    def _labels(self, source: fx.Node) -> Labels:
         labels = self.analysis.labels[source.name]
         assert isinstance(labels, Labels)
-        return self.analysis.classes.live_shape(labels, live, source.name)
+        return labels
 
     def _counted(self, node: fx.Node, shapes: Mapping[fx.Node, tuple[int, ...]], live: Mask) -> int:
         rewrite = LITERALS.get(node.target)
@@ -90,6 +104,10 @@ class Tally:
 
             given, named = fx.node.map_arg((args, kwargs), stand_in)
             return counted(lambda: node.target(*given, **named))[1]  # type: ignore[operator]  # an OpOverload
+
+
+def _tensors_into(node: fx.Node) -> list[fx.Node]:
+    return [source for source in node.all_input_nodes if isinstance(source.meta.get("val"), Tensor)]
 
 
 def _number(value: Any) -> Any:
