@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from searching import MODELS, chain, chain_space, jiggle, widths
+from test_parts import Stubborn
 from test_rules import one_thread
 from torch import nn
 
@@ -23,6 +24,7 @@ from graphprune.search.tally import Tally
 from graphprune.select import select
 from graphprune.source import load_source
 from graphprune.targets import Target
+from speedup.analysis import Analysis
 from speedup.cut import shrink_graph
 from speedup.planning import make_plan
 
@@ -270,6 +272,26 @@ def test_spaces_that_make_no_sense(options: dict[str, object], says: str) -> Non
     with pytest.raises(ConfigError) as caught:
         chain_space(4, 5, **options)
     assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
+
+
+def test_parts_whose_code_does_not_fit_are_left_alone() -> None:
+    space = Space.of(Stubborn().eval(), torch.randn(2, 3, 8, 8), round_to=1)
+    assert list(space.groups) == ["head.0.weight"]
+    assert any(why.startswith("code does not fit a smaller work: ") for why in space.reasons.values())
+    result = space.result({"head.0.weight": 0.5})
+    assert result.model.get_parameter("head.0.weight").shape[0] == 6
+    assert any(str(group["note"]).startswith("code does not fit") for group in result.report["groups"])
+
+
+def test_what_a_criterion_draws_is_seeded() -> None:
+    def drawn(analysis: Analysis, seed: int) -> np.ndarray:
+        return torch.rand(analysis.classes.count).double().numpy()
+
+    first, again, other = (chain_space(10, criterion=drawn, seed=seed) for seed in (0, 0, 1))
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+    live = first.live({"layers.0.weight": 0.5})
+    states = [space.moved(space.start, live, tensors_after(space.model(live)), "x") for space in (first, again)]
+    assert (states[0].scores == states[1].scores).all()
 
 
 def test_shares_that_make_no_sense() -> None:

@@ -92,7 +92,7 @@ def try_candidate(origin: Origin, weights: Weights | None, job: Job, analysis: A
     analysis = analysis or _analysed(origin)
     if len(job.live) != analysis.classes.count:
         raise ModelError("model: a worker captures it differently. Use the same versions of everything there.")
-    with _seeded(job.seed, origin.threads):
+    with seeded(job.seed, origin.threads):
         model = shrunk_model(analysis, job.live, weights)
         if job.tune is not None:
             job.tune(model)
@@ -127,7 +127,7 @@ def _analysed(origin: Origin) -> Analysis:
 
 
 @contextmanager
-def _seeded(seed: int, threads: int) -> Iterator[None]:
+def seeded(seed: int, threads: int) -> Iterator[None]:
     """Seeds what users draw from, and fixes the threads of torch, for a while."""
     states = random.getstate(), np.random.get_state(), torch.get_num_threads()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]  # of torch

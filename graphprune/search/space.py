@@ -16,6 +16,7 @@ from graphprune.criteria import Scores
 from graphprune.dependency import DependencyGraph, find_dependencies
 from graphprune.errors import ConfigError, ModelError
 from graphprune.groups import ChannelGroup
+from graphprune.search.candidate import seeded
 from graphprune.search.remains import remaining
 from graphprune.search.state import State, digest, holding, scattered, shrunk_model, tensors_of
 from graphprune.search.tally import Tally
@@ -23,6 +24,7 @@ from graphprune.select import Choice, Selection, select
 from graphprune.targets import Target
 from speedup.analysis import Analysis, analyse
 from speedup.capture import attribute, capture
+from speedup.errors import MisfitError
 from speedup.inputs import ExampleInputs
 from speedup.labels import Mask
 from speedup.planning import make_plan
@@ -113,15 +115,13 @@ class Space:
         dependencies = find_dependencies(analysis, whole_heads=not request.head_dims)
 
         def score(some: Analysis, seed: int) -> Any:
-            return scores_of(some, request, calibrate) if isinstance(criterion, str) else criterion(some, seed)
+            with seeded(seed, torch.get_num_threads()):  # of what calibrates
+                return scores_of(some, request, calibrate) if isinstance(criterion, str) else criterion(some, seed)
 
         scores = score(analysis, request.seed)
         live = analysis.classes.with_slabs(np.ones(analysis.classes.count, dtype=np.bool_))
         groups, reasons = _choosable(dependencies, asked(analysis) if asked else target_of(analysis, request), scores)
-        if not groups:
-            why = max(reasons.values(), key=list(reasons.values()).count, default="it has no channels that could go")
-            raise ModelError(f"model: nothing can be pruned ({why}). Look at its groups with graphprune inspect.")
-        return cls(
+        space = cls(
             dependencies,
             groups,
             reasons,
@@ -132,6 +132,44 @@ class Space:
             example_inputs,
             State(live, scores),
         )
+        return space._that_fits() if analysis.captured.parts is not None else space._that_gives()
+
+    def _that_gives(self) -> "Space":
+        """The same.
+
+        Raises:
+            ModelError: Nothing of it may go.
+        """
+        if self.groups:
+            return self
+        reasons = list(self.reasons.values())
+        why = max(reasons, key=reasons.count, default="it has no channels that could go")
+        raise ModelError(f"model: nothing can be pruned ({why}). Look at its groups with graphprune inspect.")
+
+    def _that_fits(self) -> "Space":
+        """The same without the groups of parts whose code does not fit smaller tensors, tried at half of the channels.
+
+        Raises:
+            ModelError: Nothing of it may go.
+            MisfitError: It is not known which parts those are.
+        """
+        unfit: dict[str, str] = {}
+        space = self
+        while True:
+            live = space._that_gives().live(dict.fromkeys(space.groups, 0.5))
+            try:
+                shrink(space.analysis.captured, make_plan(space.analysis, live))
+            except MisfitError as error:
+                if not error.parts.keys() - unfit.keys():
+                    raise
+                unfit |= error.parts
+                fits = target_of(space.analysis, Request(), unfit)
+                notes = {name: fits(group) for name, group in space.groups.items()}
+                groups = {name: group for name, group in space.groups.items() if not isinstance(notes[name], str)}
+                left = {self.groups[name].index: note for name, note in notes.items() if isinstance(note, str)}
+                space = replace(space, groups=groups, reasons={**space.reasons, **left}, _chosen={})
+            else:
+                return space
 
     @property
     def analysis(self) -> Analysis:
