@@ -1,6 +1,5 @@
 """(graph, plan) -> a smaller graph: tensors cut, literals rewritten."""
 
-import copy
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from speedup.analysis import tensor_names
 from speedup.capture import Captured, attribute
 from speedup.errors import PlanError
 from speedup.plan import Scaled, ShrinkPlan
-from speedup.program import quiet
+from speedup.program import copied
 from speedup.rules.call import raw_argument
 
 aten = torch.ops.aten
@@ -40,8 +39,7 @@ def shrink_graph(captured: Captured, plan: ShrinkPlan) -> ShrunkGraph:
         PlanError: The plan does not fit the model.
     """
     source = captured.graph_module
-    with quiet():
-        graph = copy.deepcopy(source.graph)
+    graph = copied(source.graph)
     tensors = cut_tensors(captured, plan)
     names = tensor_names(source)
     for node in list(graph.nodes):

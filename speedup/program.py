@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +20,8 @@ from torch.utils import _pytree as pytree
 from speedup.errors import CaptureError, first_line
 from speedup.inputs import batch_size, carries_batch
 from speedup.symbolic import depends_on_data
+
+T = TypeVar("T")
 
 
 def to_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, dynamic: bool) -> ExportedProgram:
@@ -88,6 +90,12 @@ def beside(model: nn.Module, inputs: Any) -> Any:
 def is_hollow(model: nn.Module) -> bool:
     """Whether ``model`` is on the meta device, where tensors have shapes and hold nothing."""
     return any(parameter.is_meta for parameter in model.parameters())
+
+
+def copied(what: T) -> T:
+    """Returns a deep copy of a graph or a module with one, without what torch warns of in its own pytrees."""
+    with quiet():
+        return copy.deepcopy(what)
 
 
 def _fact(error: Exception) -> str:

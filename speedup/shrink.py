@@ -21,7 +21,7 @@ from speedup.fitting import FITS, fewest, find_repairs
 from speedup.inputs import with_batch
 from speedup.numeric import perturbed, relative_difference, varied
 from speedup.plan import ShrinkPlan
-from speedup.program import beside, evaluating, is_hollow, quiet, to_program
+from speedup.program import beside, copied, evaluating, is_hollow, quiet, to_program
 from speedup.repair import Repair, repaired
 from speedup.replay import first_difference
 from speedup.surroundings import surroundings_differ
@@ -249,7 +249,7 @@ def difference(module: nn.Module, graph: ShrunkGraph, captured: Captured) -> str
     Both run with the same perturbed parameters, so that no zero can hide a mistake, and in their own precision: they
     should be the same calls in the same order. Constants that the user's code makes as it runs stay what they are.
     """
-    module, graph = copy.deepcopy((module, graph))  # together: they share their tensors
+    module, graph = copied((module, graph))  # together: they share their tensors
     generator = torch.Generator().manual_seed(0)
     with evaluating(module, graph, captured.model), torch.no_grad(), quiet():
         shared = {id(tensor) for tensor in (*graph.parameters(), *graph.buffers())}
