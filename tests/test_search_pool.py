@@ -1,5 +1,6 @@
 """Candidates come out the same wherever they are tried; what goes wrong there is said here."""
 
+import importlib
 import multiprocessing
 import os
 import queue
@@ -96,6 +97,13 @@ def test_a_ray_cluster_gives_the_same(space: Space, tmp_path: Path, monkeypatch:
             sensitivity(Trials(space, fails, workers="ray"), (0.5,))
         with pytest.raises(ConfigError, match="evaluate: returned None, no number"):
             sensitivity(Trials(space, lambda model: None, workers="ray"), (0.5,))
+        (tmp_path / "only_here.py").write_text("def evaluate(model):\n    return 0.5\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        here = importlib.import_module("only_here")
+        with pytest.raises(
+            ConfigError, match=r"workers: one cannot read .*No module named 'only_here'\). Have the code"
+        ):
+            sensitivity(Trials(space, here.evaluate, workers="ray"), (0.5,))
         assert ray.is_initialized()  # it was when we came
     finally:
         ray.shutdown()

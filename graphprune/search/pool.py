@@ -9,6 +9,7 @@ from graphprune.errors import ConfigError
 from graphprune.search.candidate import Job, Origin, Outcome, try_candidate
 from graphprune.search.state import Weights
 from speedup.analysis import Analysis
+from speedup.errors import first_line
 
 
 @runtime_checkable
@@ -41,11 +42,20 @@ def outcomes(
 
 
 def _own_error(future: "Future[Any]") -> Outcome:
-    """The result of a future; an error of a worker is raised as it was there."""
+    """The result of a future; an error of a worker is raised as it was there.
+
+    Raises:
+        ConfigError: A worker of Ray cannot read what is sent to it.
+    """
     try:
         found: Outcome = future.result()
     except Exception as error:
         cause = getattr(error, "cause", None)  # where Ray wraps it
+        if isinstance(cause, Exception) and type(cause).__name__ == "RaySystemError":
+            fact = first_line(cause).removeprefix("System error: ")
+            raise ConfigError(
+                f"workers: one cannot read what is sent to it ({fact}). Have the code of model and evaluator there."
+            ) from error
         if isinstance(cause, Exception) and isinstance(error, type(cause)):
             raise cause from error
         raise
