@@ -58,12 +58,12 @@ class ScheduledPruner:
             dummy_input: Example inputs.
             evaluator: ``evaluator(model)`` returns a number, higher for better models.
             pruning_params: Options of the basic pruner.
-            **options: The same.
+            **options: The same; what ``pruning_params`` says counts.
 
         Raises:
             ConfigError: What is asked makes no sense for this model.
         """
-        values = {**(pruning_params or {}), **options}
+        values = {**options, **(pruning_params or {})}
         if dummy_input is not None:
             values.setdefault("dummy_input", dummy_input)
         for what, value in (("finetuner", finetuner), ("evaluator", evaluator)):
@@ -152,13 +152,14 @@ class AGPPruner(ScheduledPruner):
     ) -> None:
         """Takes ``(optimizer, pruning_algorithm)`` after the config list, or ``(pruning_algorithm, total_iteration)``.
 
-        The optimizer is not needed: masks act in the model, whatever steps are taken. See :class:`ScheduledPruner` for
-        the rest.
+        The optimizer is that of the user's loop, or of a basic pruner that trains; masks need none, they act in the
+        model. See :class:`ScheduledPruner` for the rest.
         """
         if isinstance(optimizer, str):
             if isinstance(pruning_algorithm, int):
                 options["total_iteration"] = pruning_algorithm
             pruning_algorithm = optimizer
+        options["optimizer"] = optimizer if isinstance(optimizer, Optimizer) else None
         super().__init__(model, config_list, str(pruning_algorithm), **options)
         self._shares: dict[str, float] = {}
         if self._rounds is None and any(
@@ -228,6 +229,7 @@ class LotteryTicketPruner(ScheduledPruner):
         algorithm = options.pop("pruning_algorithm", "level")
         if isinstance(optimizer, str):
             algorithm, optimizer = optimizer, None
+        options["optimizer"] = optimizer if isinstance(optimizer, Optimizer) else None
         if isinstance(lr_scheduler, int):
             options["total_iteration"], lr_scheduler = lr_scheduler, None
         self.rewind = bool(options.pop("reset_weight", reset_weights))  # type: ignore[misc]  # of this one
