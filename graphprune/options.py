@@ -116,7 +116,7 @@ class Options(BaseModel):
             ConfigError: There is no such option, or a value makes no sense.
         """
         try:
-            return cls.model_validate({name: value for name, value in values.items() if value is not None})
+            return cls.model_validate(dict(values))
         except ValidationError as error:
             first = error.errors()[0]
             name = str(first["loc"][0])

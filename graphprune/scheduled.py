@@ -64,6 +64,8 @@ class ScheduledPruner:
             ConfigError: What is asked makes no sense for this model.
         """
         values = {**options, **(pruning_params or {})}
+        if "traced_optimizer" in values:
+            values["optimizer"] = values.pop("traced_optimizer")
         if dummy_input is not None:
             values.setdefault("dummy_input", dummy_input)
         for what, value in (("finetuner", finetuner), ("evaluator", evaluator)):
@@ -159,7 +161,8 @@ class AGPPruner(ScheduledPruner):
             if isinstance(pruning_algorithm, int):
                 options["total_iteration"] = pruning_algorithm
             pruning_algorithm = optimizer
-        options["optimizer"] = optimizer if isinstance(optimizer, Optimizer) else None
+        if isinstance(optimizer, Optimizer):
+            options["optimizer"] = optimizer
         super().__init__(model, config_list, str(pruning_algorithm), **options)
         self._shares: dict[str, float] = {}
         if self._rounds is None and any(
@@ -229,7 +232,8 @@ class LotteryTicketPruner(ScheduledPruner):
         algorithm = options.pop("pruning_algorithm", "level")
         if isinstance(optimizer, str):
             algorithm, optimizer = optimizer, None
-        options["optimizer"] = optimizer if isinstance(optimizer, Optimizer) else None
+        if isinstance(optimizer, Optimizer):
+            options["optimizer"] = optimizer
         if isinstance(lr_scheduler, int):
             options["total_iteration"], lr_scheduler = lr_scheduler, None
         self.rewind = bool(options.pop("reset_weight", reset_weights))  # type: ignore[misc]  # of this one
