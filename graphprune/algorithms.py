@@ -306,18 +306,19 @@ class Pruner:
         return self.finder.dependencies.analysis
 
     def _wait(self) -> None:
-        """Attaches masks as soon as somebody else's loop has shown enough batches."""
-        self.watch()
-        assert self._watching is not None
-        observer, stack = self._watching
+        """Attaches masks in the first call of the model after somebody else's loop has shown enough batches."""
 
         def on_call(*_: Any) -> None:
-            if observer.count >= self.options.training_batches:
+            if self._watching is not None and self._watching[0].count >= self.options.training_batches:
+                observer, stack = self._watching
                 stack.close()
                 self._watching = None
                 self.prune(self.settings, observer.evidence(self.options.seed))
 
-        stack.callback(self.model.register_forward_pre_hook(on_call).remove)
+        handle = self.model.register_forward_pre_hook(on_call)  # runs before those of the observer
+        self.watch()
+        assert self._watching is not None
+        self._watching[1].callback(handle.remove)
 
     @contextmanager
     def _remembering_inputs(self) -> Iterator[None]:

@@ -153,8 +153,8 @@ class Observer:
         )
         return Evidence(seed, active=active, means=means)
 
-    def _on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._calls >= self._batches:
+    def _on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if self._calls >= self._batches or kwargs is None:  # a hook that an earlier one has removed gets none
             return
         assert self.analysis is not None
         captured = self.analysis.captured
