@@ -1,29 +1,30 @@
 """Schedules: how sparsity grows over rounds or epochs. A schedule is one function."""
 
+import math
 from collections.abc import Callable, Mapping
 
 from graphprune.config_list import Entry, Setting
 
-Schedule = Callable[[float, float, int, int], float]
+Schedule = Callable[[float, float, float, float], float]
 """From the sparsities at the beginning and the end, a round and their number, to the sparsity after that round."""
 
 
-def one_shot(initial: float, final: float, i: int, n: int) -> float:
+def one_shot(initial: float, final: float, i: float, n: float) -> float:
     """``s``: all of it in every round."""
     return final
 
 
-def linear(initial: float, final: float, i: int, n: int) -> float:
+def linear(initial: float, final: float, i: float, n: float) -> float:
     """``s_i + (s - s_i) i / n``."""
     return initial + (final - initial) * i / n
 
 
-def agp(initial: float, final: float, i: int, n: int) -> float:
+def agp(initial: float, final: float, i: float, n: float) -> float:
     """``s + (s_i - s) (1 - i / n)^3`` (Zhu & Gupta, To prune, or not to prune, 2017, equation 1)."""
     return final + (initial - final) * (1 - i / n) ** 3
 
 
-def lottery_ticket(initial: float, final: float, i: int, n: int) -> float:
+def lottery_ticket(initial: float, final: float, i: float, n: float) -> float:
     """``1 - (1 - s)^(i / n)``: each round prunes the same share of what survives (Frankle & Carbin, 2019)."""
     return float(1 - (1 - initial) * ((1 - final) / (1 - initial)) ** (i / n))
 
@@ -48,12 +49,29 @@ def at_epoch(schedule: Schedule, entry: Entry, epoch: int) -> float:
         epoch: The epoch that begins.
     """
     assert entry.end_epoch is not None
-    if epoch < entry.start_epoch:
+    initial, final = entry.initial_sparsity, entry.share or 0.0
+    return grown(schedule, initial, final, entry.start_epoch, entry.end_epoch, entry.frequency, epoch)
+
+
+def grown(
+    schedule: Schedule, initial: float, final: float, start: float, end: float, frequency: float, time: float
+) -> float:
+    """Returns the sparsity at a time in epochs: nothing before ``start``, and steps from there to ``end``.
+
+    Args:
+        schedule: How it grows.
+        initial: The sparsity at ``start``.
+        final: The sparsity at ``end`` and later.
+        start: When it begins to grow.
+        end: When it is done.
+        frequency: Epochs from one step to the next; any positive number.
+        time: The time.
+    """
+    if time < start:
         return 0.0
-    final, span = entry.share or 0.0, entry.end_epoch - entry.start_epoch
-    passed = min(epoch - entry.start_epoch, span)
-    step = passed if passed == span else passed // entry.frequency * entry.frequency
-    return schedule(entry.initial_sparsity, final, step, span)
+    passed, span = min(time, end) - start, end - start
+    step = passed if passed == span else math.floor(passed / frequency + 1e-9) * frequency
+    return schedule(initial, final, step, span)
 
 
 def at_round(

@@ -50,16 +50,38 @@ def element_masks(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     masks: dict[str, Tensor] = {}
     for entry, layers in _by_entry(settings):
-        names = {id(parameters[name]): name for layer in layers for name in weight_names(model, layer)}  # tied: once
-        values: dict[str, Tensor] = {}
-        for name in names.values():
-            value = (parameters[name].detach().abs() if scores is None else scores[name]).double()
-            if gone is not None and name in gone:
-                value = value.masked_fill(gone[name] == 0, -math.inf)
-            values[name] = _blocked(name, value, block)
-        for name, count in _counts(values, dict.fromkeys(values, 1.0), entry, together=together).items():
-            masks[name] = _stretched(_without_lowest(values[name], count), parameters[name])
+        weights = {name: parameters[name] for layer in layers for name in weight_names(model, layer)}
+        masks |= tensor_masks(weights, entry, block=block, scores=scores, gone=gone, together=together)
     return by_layer(masks)
+
+
+def tensor_masks(
+    weights: Mapping[str, Tensor],
+    entry: Entry,
+    *,
+    block: Sequence[int] = (),
+    scores: Mapping[str, Tensor] | None = None,
+    gone: Mapping[str, Tensor] | None = None,
+    together: bool = False,
+) -> dict[str, Tensor]:
+    """Returns masks for single elements of tensors, by the names that these have: see :func:`element_masks`.
+
+    Args:
+        weights: The tensors; of one under several names the last is taken.
+        entry: How much is asked of them.
+        block: Sizes of the blocks that go whole.
+        scores: Instead of absolute values.
+        gone: Masks that tensors have already.
+        together: Whether the share is one of all of them together.
+    """
+    values: dict[str, Tensor] = {}
+    for name in {id(weight): name for name, weight in weights.items()}.values():
+        value = (weights[name].detach().abs() if scores is None else scores[name]).double()
+        if gone is not None and name in gone:
+            value = value.masked_fill(gone[name] == 0, -math.inf)
+        values[name] = _blocked(name, value, block)
+    counts = _counts(values, dict.fromkeys(values, 1.0), entry, together=together)
+    return {name: _stretched(_without_lowest(values[name], count), weights[name]) for name, count in counts.items()}
 
 
 def channel_masks(

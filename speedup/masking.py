@@ -100,15 +100,28 @@ def detach_masks(model: nn.Module, *, multiply: bool = True) -> None:
             raise PlanError(
                 f"{type(module).__name__}: got this class after its masks were attached. Undo first what made it."
             )
-    multiplied: set[int] = set()
+    if multiply:
+        multiply_masks(model)
     for module in masked:
+        unmask(module)
+
+
+def multiply_masks(model: nn.Module) -> None:
+    """Multiplies each masked parameter by its mask, which stays: what is masked out is zero in the parameter as well.
+
+    Only for masks of zeros and ones it may be done more than once.
+
+    Args:
+        model: Any module; the values of its parameters are changed in place.
+    """
+    multiplied: set[int] = set()
+    for module in model.modules():
         for name, mask in masks_in(module):
             parameter = module._parameters.get(name)
-            if multiply and parameter is not None and id(parameter) not in multiplied:
+            if parameter is not None and id(parameter) not in multiplied:
                 multiplied.add(id(parameter))
                 with torch.no_grad():
                     parameter.mul_(mask)
-        unmask(module)
 
 
 def without_masks(model: nn.Module) -> nn.Module:

@@ -36,6 +36,8 @@ HOMES = {
     "lightning": {"graphprune/callbacks.py"},
     "transformers": {"graphprune/callbacks.py"},
     "ray": {"graphprune/search/pool.py"},
+    "torchvision": {"graphprune/lpot/recipe.py"},
+    "yaml": {"graphprune/config_file.py"},
 }
 
 
