@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol
@@ -247,6 +247,11 @@ class Loop:
             raise ConfigError(f"data: holds no batches in epoch {epoch}. Give data that can be gone through again.")
 
     @property
+    def batches(self) -> int | None:
+        """How many there are in an epoch; None if the data does not say."""
+        return len(self.data) if isinstance(self.data, Sized) else None
+
+    @property
     def generators(self) -> list[torch.Generator]:
         """The generators that draw the order of the batches, where they are not that of torch."""
         sources = (self.data, getattr(self.data, "sampler", None), getattr(self.data, "batch_sampler", None))
@@ -263,6 +268,15 @@ class _First:
 
     def __iter__(self) -> Iterator[Any]:
         return islice(iter(self.data), self.batches)
+
+    def __len__(self) -> int:
+        return min(len(self.data), self.batches) if isinstance(self.data, Sized) else self.batches
+
+    def __getattr__(self, name: str) -> Any:
+        """What a loop asks of a loader: its sampler and its generator."""
+        if name not in ("sampler", "batch_sampler", "generator"):
+            raise AttributeError(name)
+        return getattr(self.data, name, None)
 
 
 _FORM = ("model", "optimizer", "criterion", "epoch")

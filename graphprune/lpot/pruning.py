@@ -13,7 +13,7 @@ from graphprune.lpot.common import Model
 from graphprune.lpot.config import Config, Goal, goals_of, read_lpot
 from graphprune.lpot.growth import Growth
 from graphprune.lpot.recipe import described
-from graphprune.training import Loop
+from graphprune.training import Loop, Training
 from speedup.masking import attached_masks, detach_masks
 
 
@@ -42,6 +42,8 @@ class Pruning:
             says how many batches an epoch has, for steps inside of epochs.
         pruning_func: ``pruning_func(model)`` trains the model in place and calls the four hooks of this object. None
             if the file describes the training.
+        training: How the model is trained otherwise than the file describes it, for as many epochs; None if it is as
+            the file says. Its trainer has to call hooks, as that of :meth:`Training.on` does.
         eval_dataloader: For your own ``eval_func``; nothing here reads it.
         eval_func: ``eval_func(model)`` says how good the pruned model is, in eval mode; None if nobody asks.
         config: What the file asks for.
@@ -68,6 +70,7 @@ class Pruning:
         self.config: Config = read_lpot(config)
         self.train_dataloader: Iterable[Any] | None = None
         self.pruning_func: Callable[[nn.Module], object] | None = None
+        self.training: Training | None = None
         self.eval_dataloader: Iterable[Any] | None = None
         self.eval_func: Callable[[nn.Module], float] | None = None
         self.goals: dict[str, Goal] = {}
@@ -105,10 +108,12 @@ class Pruning:
             if not callable(getattr(self, name)) and getattr(self, name) is not None:
                 raise ConfigError(f"{name}: is a {type(getattr(self, name)).__name__}. Give a function of the model.")
         self.goals = goals_of(model, self.config)
-        work = self._described(model) if self.pruning_func is None else self._own(model, self.pruning_func)
+        function = self.pruning_func
+        growth, train = self._described(model) if function is None else self._own(model, function)
+        self._growth = growth
         try:
-            work()
-            self._grower.finish()
+            train()
+            growth.finish()
         finally:
             self._growth = None
             detach_masks(model)
@@ -144,11 +149,12 @@ class Pruning:
             )
         return self._growth
 
-    def _described(self, model: nn.Module) -> Callable[[], object]:
-        """The training that the file describes; masks are in the model."""
-        training = described(self.config, self.train_dataloader)
+    def _described(self, model: nn.Module) -> tuple[Growth, Callable[[], None]]:
+        """The hooks, and what trains as the file says; masks are in the model."""
         train = self.config.train
-        assert train.end_epoch is not None
+        training = described(self.config, self.train_dataloader) if self.training is None else self.training
+        if train.end_epoch is None:
+            raise self.config.missing("end_epoch", "Give it there, or set pruning_func to a function that trains")
         if train.end_epoch <= train.start_epoch:
             raise ConfigError(
                 f"{self.config.path}: pruning.train.end_epoch: {train.end_epoch} is no later than the start_epoch "
@@ -161,24 +167,19 @@ class Pruning:
                     f"{goal.subject}.end_epoch: {goal.end} is later than that of train, {train.end_epoch}, so that it "
                     f"never {fact}. Train longer, or end it earlier."
                 )
-        assert isinstance(training.trainer, Loop)
-        data = training.trainer.data
-        batches = len(data) if isinstance(data, Sized) else None
-        growth = self._growth = Growth(model, self.goals, batches, train.start_epoch)
+        batches = training.trainer.batches if isinstance(training.trainer, Loop) else train.iteration
+        growth = Growth(model, self.goals, batches, train.start_epoch)
+        epochs, where = train.end_epoch - train.start_epoch, self._folder
 
         def work() -> None:
-            epochs = (train.end_epoch or 0) - train.start_epoch
-            self.fit = fit(
-                model, training, epochs, seed=self._seed, hooks=growth, folder=self._folder, resume=self._resume
-            )
+            self.fit = fit(model, training, epochs, seed=self._seed, hooks=growth, folder=where, resume=self._resume)
 
-        return work
+        return growth, work
 
-    def _own(self, model: nn.Module, function: Callable[[nn.Module], object]) -> Callable[[], object]:
-        """The user's training; masks are in the model."""
+    def _own(self, model: nn.Module, function: Callable[[nn.Module], object]) -> tuple[Growth, Callable[[], None]]:
+        """The hooks, and the user's own training; masks are in the model."""
         data = self.train_dataloader
-        batches = len(data) if isinstance(data, Sized) else self.config.train.iteration
-        growth = self._growth = Growth(model, self.goals, batches)
+        growth = Growth(model, self.goals, len(data) if isinstance(data, Sized) else self.config.train.iteration)
 
         def work() -> None:
             returned = function(model)
@@ -190,7 +191,7 @@ class Pruning:
                     "on_batch_begin(step) and on_batch_end() of the Pruning object in its loop."
                 )
 
-        return work
+        return growth, work
 
     def _count(self, model: nn.Module) -> None:
         """Counts the zeros, and says so if they are fewer than asked for."""

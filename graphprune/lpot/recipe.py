@@ -1,10 +1,8 @@
 """Training as a configuration file describes it: data, loss and optimizer by their names."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from importlib import import_module
-from itertools import islice
 from types import ModuleType
 from typing import Any
 
@@ -20,35 +18,6 @@ from graphprune.training import Training
 
 _RENAMED = {"learning_rate": "lr"}
 """Arguments of optimizers that PyTorch calls otherwise."""
-
-
-@dataclass(frozen=True)
-class First:
-    """The first batches of each epoch.
-
-    Attributes:
-        data: All batches.
-        count: How many.
-    """
-
-    data: Iterable[Any]
-    count: int
-
-    def __iter__(self) -> Iterator[Any]:
-        return islice(iter(self.data), self.count)
-
-    def __len__(self) -> int:
-        return min(len(self.data), self.count) if isinstance(self.data, Sized) else self.count
-
-    @property
-    def sampler(self) -> Any:
-        """That of the loader, which may have to know the epoch, or draw with a generator."""
-        return getattr(self.data, "sampler", None)
-
-    @property
-    def generator(self) -> torch.Generator | None:
-        """That of the loader."""
-        return getattr(self.data, "generator", None)
 
 
 def described(config: Config, data: Iterable[Any] | None = None) -> Training:
@@ -67,7 +36,7 @@ def described(config: Config, data: Iterable[Any] | None = None) -> Training:
     """
     train, where = config.train, f"{config.path}: pruning.train"
     remedy = "Give it there, or set pruning_func to a function that trains"
-    for key in ("end_epoch", "criterion", "optimizer"):
+    for key in ("criterion", "optimizer"):
         if getattr(train, key) is None:
             raise config.missing(key, remedy)
     if data is None and train.dataloader is None:
@@ -79,9 +48,8 @@ def described(config: Config, data: Iterable[Any] | None = None) -> Training:
     if data is None:
         assert train.dataloader is not None
         data = loader(train.dataloader, f"{where}.dataloader")
-    return Training.on(
-        data if train.iteration is None else First(data, train.iteration), criterion, optimizer=optimizer
-    )
+    training = Training.on(data, criterion, optimizer=optimizer)
+    return training if train.iteration is None else training.first(train.iteration)
 
 
 def loader(asked: Dataloader, where: str) -> DataLoader[Any]:
