@@ -5,7 +5,8 @@ import json
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,12 +17,15 @@ from typer.core import TyperGroup
 import graphprune
 from graphprune import tables
 from graphprune.audit import audit
-from graphprune.config import Request
+from graphprune.config import Request, read_request
+from graphprune.config_file import read_config_file
 from graphprune.criteria import CRITERIA
 from graphprune.deliver import deliver
 from graphprune.dependency import trace
 from graphprune.drawing import write_graph
 from graphprune.errors import ConfigError
+from graphprune.lpot.config import is_lpot
+from graphprune.lpot.delivery import deliver_pruned
 from graphprune.progress import StageDisplay
 from graphprune.report import describe_groups
 from graphprune.schedule import SCHEDULES
@@ -148,6 +152,13 @@ def compress_command(
         Path | None, typer.Option(help="File in which rounds and searches note what is done, to go on from.")
     ] = None,
     workers: Annotated[str | None, typer.Option(help="Where candidates run: ray, or ray://host:port.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML or JSON: a config list of NNI, config_list and other options by their names, or a file of LPOT, "
+            "by which MODEL is trained and single weights become zero."
+        ),
+    ] = None,
     seed: Seed = 0,
     inputs: Inputs = None,
     weights: Weights = None,
@@ -171,22 +182,24 @@ def compress_command(
     as_json: AsJson = False,
 ) -> None:
     """Make MODEL physically smaller, prove it, export it, measure it."""
-    request = Request.of(
-        sparsity=sparsity,
-        criterion=criterion,
-        batches=batches,
-        scope=scope,
-        exclude=tuple(exclude or ()),
-        only=tuple(only or ()),
-        heads=heads,
-        head_dims=head_dims,
-        ffn=ffn,
-        width=width,
-        round_to=_round_to(round_to),
-        min_channels=min_channels,
-        seed=seed,
-        strict=strict,
-    )
+    options = {
+        "sparsity": sparsity,
+        "criterion": criterion,
+        "batches": batches,
+        "scope": scope,
+        "exclude": tuple(exclude or ()),
+        "only": tuple(only or ()),
+        "heads": heads,
+        "head_dims": head_dims,
+        "ffn": ffn,
+        "width": width,
+        "round_to": _round_to(round_to),
+        "min_channels": min_channels,
+        "seed": seed,
+        "strict": strict,
+    }
+    request = _asked(context, options, config)
+    seed = seed if isinstance(request, Path) else request.seed
     if search is not None and schedule is not None:
         raise ConfigError("--search and --schedule: exclude each other. Give one of them.")
     find = None
@@ -205,7 +218,7 @@ def compress_command(
         raise ConfigError(f"{unfit[0]}: is not for checkpoints, of which only the weights are written. Leave it out.")
     if no_proof and checkpoint is None:
         raise ConfigError("--no-proof: is for checkpoints larger than the memory. Leave it out.")
-    if checkpoint is not None:
+    if checkpoint is not None and not isinstance(request, Path):
         with _silent_stdout(as_json), StageDisplay() as progress:
             progress("load")
             name, skeleton, example = load_skeleton(model, inputs=inputs or (), seed=seed)
@@ -227,12 +240,13 @@ def compress_command(
     with _silent_stdout(as_json), StageDisplay() as progress:
         progress("load")
         source = load_source(model, inputs=inputs or (), weights=weights, seed=seed, device=device)
-        delivery = deliver(
-            source,
-            out or Path(f"{source.name}-pruned"),
-            request,
+        folder = out or Path(f"{source.name}-pruned")
+        if isinstance(request, Path):
+            work = partial(deliver_pruned, source, folder, request, seed=seed, strict=strict)
+        else:
+            work = partial(deliver, source, folder, request, find=find)
+        delivery = work(
             force=force,
-            find=find,
             opset=opset,
             limits=None if no_bench else DEFAULT_LIMITS,
             threads=threads,
@@ -307,6 +321,34 @@ def bench_command(
         _show(tables.operator_times(name, rows))
     for warning in result.warnings:
         typer.echo(f"Note: {warning}", err=True)
+
+
+_FINDING = ("schedule", "rounds", "search", "epochs", "journal", "workers")
+"""Options that say how to look for what goes."""
+
+
+def _asked(context: typer.Context, options: Mapping[str, Any], config: Path | None) -> Request | Path:
+    """What is asked on the command line and in a file, of which the first wins; or that file, if it is one of LPOT."""
+    if config is None:
+        return Request.of(**options)
+    file = read_config_file(config)
+    told = {name: value for name, value in options.items() if _is_told(context, name)}
+    if is_lpot(file):
+        for name in (*told, "checkpoint", *_FINDING):
+            if _is_told(context, name) and name not in ("seed", "strict"):
+                option = f"--{name.replace('_', '-')}"
+                raise ConfigError(f"{option}: is not for {config}, which says what to prune. Leave it out.")
+        return config
+    values = read_request(file, config)
+    if "config_list" in values and "sparsity" in {**values, **told}:
+        raise ConfigError(f"sparsity: is said by the config_list of {config}. Leave it out.")
+    return Request.of(**{**options, **values, **told})
+
+
+def _is_told(context: typer.Context, name: str) -> bool:
+    """Whether an option is on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _round_to(text: str) -> int | str:

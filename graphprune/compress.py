@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from graphprune.budget import Cost, cost
 from graphprune.config import Request, closest
+from graphprune.config_list import read_config_list
+from graphprune.config_list import target_of as listed_target
 from graphprune.criteria import CRITERIA, Scores
 from graphprune.dependency import DependencyGraph, find_dependencies
 from graphprune.errors import ConfigError, ModelError
@@ -89,12 +91,12 @@ def compress(
     Args:
         model: Any module that ``torch.export`` can capture.
         example_inputs: A tensor, a tuple of positional inputs or a mapping of keyword inputs.
-        sparsity: Share of the channels of every prunable group that goes, in [0, 1).
+        sparsity: Share of the channels of every prunable group that goes, in [0, 1); not for a ``config_list``.
         calibrate: Runs the model that it is given on some batches, for criteria that look at activations; with the loss
             backwards for those that look at gradients. What it changes of the model is put back.
         progress: Called with the name of each stage as it begins.
         **options: The other fields of :class:`~graphprune.config.Request`: criterion, batches, scope, exclude, only,
-            heads, head_dims, ffn, width, round_to, min_channels, seed, strict.
+            heads, head_dims, ffn, width, round_to, min_channels, seed, strict, config_list.
 
     Raises:
         ConfigError: An option makes no sense for this model.
@@ -243,8 +245,7 @@ def target_of(
     analysis: Analysis, request: Request, unfit: Mapping[str, str] = MappingProxyType({})
 ) -> Callable[[ChannelGroup], Target | str]:
     """Returns the function that says what is asked of a group, or why it is left alone: by kind, or by module."""
-    ranking = "all" if request.scope == "global" else None
-    wanted_share = Target(request.sparsity, ranking=ranking, relative=not CRITERIA[request.criterion].absolute)
+    share = _share(analysis, request)
     model = analysis.captured.model
     modules_by_name = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     excluded, wanted = (_matching(modules_by_name, patterns) for patterns in (request.exclude, request.only))
@@ -271,9 +272,19 @@ def target_of(
                 return f"{_UNFIT} {path}: {why}"
         if request.only and not producers & wanted:
             return "not among the modules asked for"
-        return wanted_share
+        return share(group)
 
     return target
+
+
+def _share(analysis: Analysis, request: Request) -> Callable[[ChannelGroup], Target | str]:
+    """The function that says how much of a group goes: as much as of all others, or what a config list says."""
+    together, relative = request.scope == "global", not CRITERIA[request.criterion].absolute
+    if request.config_list is not None:
+        settings = read_config_list(analysis.captured.model, request.config_list)
+        return listed_target(analysis, settings, together=together, relative=relative)
+    wanted = Target(request.sparsity, ranking="all" if together else None, relative=relative)
+    return lambda group: wanted
 
 
 def _matching(modules: Mapping[str, nn.Module], patterns: tuple[str, ...]) -> set[str]:
@@ -299,7 +310,7 @@ def _ancestry(name: str) -> Iterator[str]:
 
 
 def _check_something_goes(dependencies: DependencyGraph, selection: Selection, request: Request) -> None:
-    if request.sparsity == 0 or not bool(np.all(selection.live)):
+    if (request.sparsity == 0 and request.config_list is None) or not bool(np.all(selection.live)):
         return
     parts = dependencies.analysis.captured.parts
     if parts is not None:

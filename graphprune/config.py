@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
@@ -31,6 +32,8 @@ class Request(BaseModel):
         min_channels: Channels that every axis keeps at least.
         seed: Of everything that is random.
         strict: Whether an operator without a rule is an error instead of a pin.
+        config_list: What is asked of which layers, in the form of NNI, instead of one sparsity for all; everything else
+            holds beside it, and ``global`` ranks together what it selects.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,6 +52,7 @@ class Request(BaseModel):
     min_channels: int = 1
     seed: int = 0
     strict: bool = False
+    config_list: tuple[Any, ...] | None = None
 
     @field_validator("sparsity")
     @classmethod
@@ -125,6 +129,27 @@ class Request(BaseModel):
             if first["type"] == "value_error":
                 raise ConfigError(f"{name} {shown!r}: {first['ctx']['error']}.") from error
             raise ConfigError(f"{name} {shown!r}: {first['msg'][0].lower()}{first['msg'][1:]}.") from error
+
+
+def read_request(data: Any, path: Path) -> dict[str, Any]:
+    """Returns the fields of a request that a file has: a config list, or ``config_list`` and others by their names.
+
+    Args:
+        data: What the file holds.
+        path: The file.
+
+    Raises:
+        ConfigError: It holds something else.
+    """
+    values = {"config_list": data} if isinstance(data, list) else data
+    known = list(Request.model_fields)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds {data!r:.60}. Give a config list, or pruning in the form of LPOT.")
+    for key in values:
+        if key not in known:
+            near = closest(str(key), ["pruning", *known])
+            raise ConfigError(f"{path}: {key!r:.60} is no key of it{near}. Use pruning, or some of {', '.join(known)}.")
+    return values
 
 
 def closest(word: str, known: Sequence[str]) -> str:

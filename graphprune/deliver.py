@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -55,6 +56,7 @@ def deliver(
     threads: int | None = None,
     command: Sequence[str] = (),
     progress: Progress = lambda name: None,
+    facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> Delivery:
     """Compresses a model into a folder, which appears when everything in it is written and proven.
 
@@ -69,6 +71,7 @@ def deliver(
         threads: That onnxruntime may use while latency is measured; None leaves it to onnxruntime.
         command: The command line, for the report.
         progress: Called with the name of each stage as it begins.
+        facts: What else the report says, or says otherwise.
 
     Raises:
         SpeedupError: One of the stages refused; there is no folder then, or what was there before.
@@ -103,6 +106,7 @@ def deliver(
             "exports": {name: _facts(file, draft) for name, file in exported.items()},
             "files": {path.name: files.fingerprint(path) for path in sorted(draft.iterdir())},
             "seconds": stage.seconds,
+            **facts,
         }
         report["sha256"] = files.digest(report)
         (draft / files.REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")

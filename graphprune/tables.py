@@ -34,8 +34,12 @@ _OF_CHECKPOINTS = {name: _FILES[name] for name in ("plan.json", "report.json")}
 
 def compression(report: Report, folder: Path) -> RenderableType:
     """Returns what a compression did, what was proven and where everything is."""
-    parts: list[RenderableType] = [_groups(report["groups"]), _summary(report)]
+    pruned = report.get("pruning")
+    parts: list[RenderableType] = [_zeros(pruned) if pruned else _groups(report["groups"]), _summary(report)]
     notes = (*_captured(report), *_left_alone(report), _form(report), _proof(report))
+    if pruned:
+        zeros, all_of_them = pruned["zeros"], pruned["parameters"]
+        notes = (f"Zero: {zeros} of {all_of_them} parameters. No channel went: the dense files are pruned too.", *notes)
     parts += [Padding(Text(note), (0, 1)) for note in notes]
     parts += [Padding(Text(f"Note: {note}"), (0, 1)) for note in _warnings(report)]
     return Group(*parts, _files({name: file["bytes"] for name, file in report["files"].items()}, folder))
@@ -102,6 +106,18 @@ def _groups(groups: Sequence[Mapping[str, Any]]) -> RenderableType:
         table.add_row(escape(group["name"]), str(group["units"]), str(group["asked"]), kept, note)
     if len(groups) > _LONGEST:
         table.add_row(f"and {len(groups) - _LONGEST} more, in report.json")
+    return table
+
+
+def _zeros(pruning: Mapping[str, Any]) -> RenderableType:
+    """The tensors in which single weights were made zero."""
+    table = _table("tensor", ">elements", ">zeros", ">share", ">asked")
+    rows = pruning["tensors"]
+    for row in rows[:_LONGEST]:
+        share = row["zeros"] / row["elements"]
+        table.add_row(escape(row["name"]), str(row["elements"]), str(row["zeros"]), f"{share:.4f}", f"{row['asked']:g}")
+    if len(rows) > _LONGEST:
+        table.add_row(f"and {len(rows) - _LONGEST} more, in report.json")
     return table
 
 

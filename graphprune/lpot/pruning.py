@@ -173,6 +173,7 @@ class Pruning:
 
         def work() -> None:
             self.fit = fit(model, training, epochs, seed=self._seed, hooks=growth, folder=where, resume=self._resume)
+            growth.time = float(train.start_epoch + epochs)  # also where all epochs were done before
 
         return growth, work
 
