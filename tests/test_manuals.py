@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -153,6 +154,50 @@ def test_an_example_runs(example: list[Example], tmp_path: Path, monkeypatch: py
         names["trainer"](shrunk, torch.optim.SGD(shrunk.parameters(), lr=0.01), names["criterion"])
     sizes = [sum(p.numel() for p in model.parameters()) for model in (before, shrunk)]
     assert attached_masks(shrunk) or sizes[1] < sizes[0]
+
+
+def test_the_file_and_the_loop_of_lpot_run(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its blocks are parts of a program: the loop is the body of a function, the other one calls it."""
+    folder = request.config.getoption("--manuals")
+    if not folder:
+        pytest.skip("needs --manuals FOLDER")
+    (path,) = (one for one in Path(folder).iterdir() if "```yaml\npruning:" in one.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    (written,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "conf.yaml").write_text(written.replace("layer1.0.conv1.weight", "layer1.weight"))
+    loop, call = (one for one in blocks(path) if "prune" in one.code)
+
+    class Bert(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer1, self.layer2 = nn.Linear(4, 64), nn.Linear(64, 3)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor]:
+            outputs = self.layer2(self.layer1(input_ids * attention_mask).relu())
+            return (nn.functional.cross_entropy(outputs, labels),)
+
+    torch.manual_seed(0)
+    model = Bert()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    args = {"num_train_epochs": 3, "device": "cpu", "n_gpu": 1, "gradient_accumulation_steps": 2, "max_grad_norm": 1.0}
+    rows = torch.randn(20, 6, 4)
+    names: dict[str, Any] = {
+        "torch": torch,
+        "args": SimpleNamespace(config=tmp_path / "conf.yaml", **args),
+        "model": model,
+        "optimizer": optimizer,
+        "scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
+        "train_dataloader": [(one, torch.ones(4), None, one[:, :3].argmax(1)) for one in rows],
+        "ProgressBar": lambda **_: None,
+        "eval_func": lambda model: 1.0,
+    }
+    body = re.sub(r"^\.\.\.$", "", loop.code, flags=re.MULTILINE)
+    exec(compile(f"def train_func(model):\n{body}", f"{loop.file}:{loop.line}", "exec"), names)
+    exec(compile(call.code, f"{call.file}:{call.line}", "exec"), names)
+    assert names["model"] is model and not attached_masks(model)
+    assert (model.layer1.weight == 0).sum() == 249 and not (model.layer2.weight == 0).any()  # 0.97 of 256
 
 
 def test_the_folder_holds_examples(request: pytest.FixtureRequest) -> None:

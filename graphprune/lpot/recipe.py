@@ -44,6 +44,11 @@ def described(config: Config, data: Iterable[Any] | None = None) -> Training:
     assert train.criterion is not None and train.optimizer is not None
     loss = _found(nn, train.criterion, nn.modules.loss._Loss, f"{where}.criterion")
     criterion = _made(loss, train.criterion, f"{where}.criterion")
+    if getattr(criterion, "reduction", "mean") not in ("mean", "sum"):
+        raise ConfigError(
+            f"{where}.criterion.{train.criterion.name}.reduction: {criterion.reduction!r} makes no number of a batch. "
+            "Use mean or sum."
+        )
     optimizer = _optimizer(train.optimizer, f"{where}.optimizer")
     if data is None:
         assert train.dataloader is not None
