@@ -37,7 +37,7 @@ def _pruner(loader: _Loader, node: yaml.Node) -> Any:
 
 _Loader.add_constructor("!Pruner", _pruner)
 _Loader.add_implicit_resolver(  # 1e-4 is a number everywhere but in YAML 1.1
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
 
 

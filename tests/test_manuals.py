@@ -167,7 +167,7 @@ def test_the_file_and_the_loop_of_lpot_run(
     text = path.read_text(encoding="utf-8")
     (written,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     (tmp_path / "conf.yaml").write_text(written.replace("layer1.0.conv1.weight", "layer1.weight"))
-    loop, call = (one for one in blocks(path) if "prune" in one.code)
+    loop, call = (Example(path.name, 1, code) for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL))
 
     class Bert(nn.Module):
         def __init__(self) -> None:
@@ -189,7 +189,7 @@ def test_the_file_and_the_loop_of_lpot_run(
         "model": model,
         "optimizer": optimizer,
         "scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
-        "train_dataloader": [(one, torch.ones(4), None, one[:, :3].argmax(1)) for one in rows],
+        "train_dataloader": [(one, torch.ones(4), one, one[:, :3].argmax(1)) for one in rows],
         "ProgressBar": lambda **_: None,
         "eval_func": lambda model: 1.0,
     }
