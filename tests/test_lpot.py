@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -22,6 +23,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import graphprune
 from graphprune import folder as files
 from graphprune.callbacks import lightning_callback
+from graphprune.config import Request, read_request
+from graphprune.config_file import read_config_file
 from graphprune.errors import ConfigError, TrainingError
 from graphprune.lpot import Pruning, common
 from graphprune.lpot.config import read_lpot
@@ -179,6 +182,17 @@ def test_of_a_tied_weight_any_name_will_do(write: Callable[..., Path]) -> None:
     assert (model["first"].weight == 0).sum() == math.ceil(0.8 * 16)
 
 
+def test_the_files_of_the_documentation_are_read(tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "migrating.md").read_text(encoding="utf-8")
+    pruning, listed = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "conf.yaml").write_text(pruning)
+    first, second = read_lpot(tmp_path / "conf.yaml").goals
+    assert (first.target, first.end, first.frequency, second.target, second.names) == (0.9, 8, 0.1, 0.5, ())
+    (tmp_path / "list.yaml").write_text(listed)
+    request = Request.of(**read_request(read_config_file(tmp_path / "list.yaml"), tmp_path))
+    assert request.criterion == "taylor" and request.config_list is not None and len(request.config_list) == 2
+
+
 # --- what becomes zero, and when --------------------------------------------------------------------------------------
 
 
@@ -187,6 +201,12 @@ def pruning(path: Path, model: nn.Module | None = None, **options: Any) -> Pruni
     prune.model = common.Model(model or net())
     prune.train_dataloader = data()
     return prune
+
+
+def run_described(model: nn.Module, path: Path) -> nn.Module:
+    prune = Pruning(path)
+    prune.model = model
+    return prune()
 
 
 def run_on(model: nn.Module, path: Path) -> nn.Module:
@@ -491,7 +511,8 @@ def test_images_of_a_folder(write: Callable[..., Path], tmp_path: Path) -> None:
     model.add_module("first", nn.Conv2d(3, 8, 3))
     model.add_module("flat", nn.Flatten())
     model.add_module("last", nn.Linear(288, 3))
-    path = write(("ROOT", str(tmp_path / "images")))
+    word = ("          size: 8\n", "          size: 8\n          interpolation: bicubic\n")
+    path = write(("ROOT", str(tmp_path / "images")), word)
     results = []
     for _ in range(2):
         prune = Pruning(path)
@@ -500,9 +521,9 @@ def test_images_of_a_folder(write: Callable[..., Path], tmp_path: Path) -> None:
         assert prune.sparsity["first.weight"] == math.ceil(0.8 * 216) / 216
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
     with pytest.raises(ConfigError, match=r"dataset.ImageFolder: .*Correct its arguments\.$"):
-        other = Pruning(write(("ROOT", str(tmp_path / "nothing"))))
-        other.model = model
-        other()
+        run_described(model, write(("ROOT", str(tmp_path / "nothing"))))
+    with pytest.raises(ConfigError, match=r"Crop.interpolation: 'bicubik' is not known \(did you mean 'bicubic'\?\)"):
+        run_described(model, write((word[0], word[1].replace("ic\n", "ik\n"))))
 
 
 @pytest.fixture
@@ -617,8 +638,8 @@ PRUNER = HERE + r": pruning\.approach\.weight_compression\.pruners\[0\]"
         ("target_sparsity: 0.8", "target_sparsity: 0.1", PRUNER + r"\.target_sparsity: 0.1 is below the initial_sparsity 0.2"),
         ("basic_magnitude", "lottery", PRUNER + r"\.prune_type: 'lottery' is not known\. Use basic_magnitude\.$"),
         ("            end_epoch: 4", "            end_epoch: 1", PRUNER + r"\.end_epoch: 1 is no later than the start_epoch 1, so that it never starts"),
-        ("            end_epoch: 4", "            end_epoch: 2.5", PRUNER + r"\.end_epoch: is 2.5\. Give a valid integer"),
-        ("update_frequency: 0.25", "update_frequency: 0", PRUNER + r"\.update_frequency: is 0\. Give greater than 0"),
+        ("            end_epoch: 4", "            end_epoch: 2.5", PRUNER + r"\.end_epoch: is 2.5\. Give a valid integer\.$"),
+        ("update_frequency: 0.25", "update_frequency: 0", PRUNER + r"\.update_frequency: is 0\. Give a number greater than 0\.$"),
         ("update_frequency: 0.25", "update_frequency: 1\n            frequency: 1", PRUNER + r": has both frequency and update_frequency, which are the same"),
         ("update_frequency: 0.25", "update_frequency: 1\n            update_frequency: 1", HERE + r":46: 'update_frequency' is there twice\. Correct it there\.$"),
         ("        - !Pruner\n            initial", "        - !Purner\n            initial", HERE + r":38: nothing is known of the tag '!Purner', only of !Pruner"),
@@ -628,7 +649,7 @@ PRUNER = HERE + r": pruning\.approach\.weight_compression\.pruners\[0\]"
         ("  approach:", "  aproach:", HERE + r": pruning: 'aproach' is no key of it \(did you mean 'approach'\?\)"),
         ("weight_compression:", "activation_compression:", HERE + r": pruning.approach: 'activation_compression' is no key of it"),
         ("version: 1.0", "pruner: 1.0", HERE + r": 'pruner' is no key of it \(did you mean 'pruning'\?\)"),
-        ("batch_size: 4", "batch_size: 0", HERE + r": pruning.train.dataloader.batch_size: is 0\. Give greater than or equal to 1"),
+        ("batch_size: 4", "batch_size: 0", HERE + r": pruning.train.dataloader.batch_size: is 0\. Give a number greater than or equal to 1"),
         ("CrossEntropyLoss:\n        reduction: None", "- CrossEntropyLoss", HERE + r": pruning.train.criterion: is \['CrossEntropyLoss'\]\. Give one name"),
     ],
 )  # fmt: skip

@@ -386,4 +386,5 @@ def _told(error: ValidationError) -> str:
         return f"{where}: is missing. Give it there."
     if first["type"] == "too_short":
         return f"{where}: is empty. Give at least one."
-    return f"{where}: is {first['input']!r:.60}. Give {first['msg'].removeprefix('Input should be ')}."
+    wanted = first["msg"].removeprefix("Input should be ").partition(",")[0]
+    return f"{where}: is {first['input']!r:.60}. Give {'' if wanted.startswith('a ') else 'a number '}{wanted}."

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable
 from importlib import import_module
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import torch
@@ -68,10 +68,7 @@ def loader(asked: Dataloader, where: str) -> DataLoader[Any]:
         ConfigError: Something is unknown or refuses its arguments, or torchvision is not installed.
     """
     transforms = _torchvision("transforms", where) if asked.transform else None
-    steps = [
-        _made(_found(transforms, one, object, f"{where}.transform"), one, f"{where}.transform")
-        for one in asked.transform
-    ]
+    steps = [_step(transforms, one, f"{where}.transform") for one in asked.transform]
     kind = _found(_torchvision("datasets", where), asked.dataset, Dataset, f"{where}.dataset")
     extra = {"transform": transforms.Compose(steps)} if transforms is not None else {}
     dataset = _made(kind, asked.dataset, f"{where}.dataset", **extra)
@@ -85,6 +82,20 @@ def loader(asked: Dataloader, where: str) -> DataLoader[Any]:
         )
     except ValueError as error:  # a data set without examples
         raise ConfigError(f"{where}.dataset.{asked.dataset.name}: {_why(error)}. Give one with examples.") from error
+
+
+def _step(transforms: ModuleType | None, asked: Call, where: str) -> Any:
+    """A transform; ``interpolation`` is one of its words, such as ``bilinear``."""
+    kind, arguments = _found(transforms, asked, object, where), dict(asked.arguments)
+    if isinstance(word := arguments.get("interpolation"), str):
+        words = [one.value for one in transforms.InterpolationMode]  # type: ignore[union-attr]
+        if word not in words:
+            raise ConfigError(
+                f"{where}.{asked.name}.interpolation: {word!r} is not known{closest(word, words)}. Use one of "
+                f"{', '.join(words)}."
+            )
+        arguments["interpolation"] = transforms.InterpolationMode(word)  # type: ignore[union-attr]
+    return _made(kind, Call(asked.name, arguments, asked.single), where)
 
 
 def _optimizer(asked: Call, where: str) -> Callable[[list[nn.Parameter]], Optimizer]:
@@ -116,11 +127,13 @@ def _made(kind: Callable[..., Any], asked: Call, where: str, *first: Any, **extr
     """An instance of a class."""
     subject = f"{where}.{asked.name}"
     try:
-        known = list(inspect.signature(kind).parameters)
+        parameters = inspect.signature(kind).parameters
     except (TypeError, ValueError):  # some have no signature
-        known = list(asked.arguments)
-    for key in asked.arguments:
-        if key not in known and "kwargs" not in known:
+        parameters = MappingProxyType({})
+    open_ended = not parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    for key in () if open_ended else asked.arguments:
+        if key not in parameters:
+            known = list(parameters)
             raise ConfigError(
                 f"{subject}: {key!r} is no argument of it{closest(key, known)}. It has {', '.join(known)}."
             )
