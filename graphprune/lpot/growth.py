@@ -90,9 +90,6 @@ class Growth:
         before = attached_masks(self.model)
         masks: dict[str, Tensor] = {}
         for name, share in grown.items():
-            weight = named[name].detach()
-            scores = torch.where(before[name] == 0, -1.0, weight.abs().double())
-            entry = Entry(op_names=(name,), sparsity=share)
-            masks |= tensor_masks({name: weight}, entry, scores={name: scores})
+            masks |= tensor_masks({name: named[name]}, Entry(op_names=(name,), sparsity=share), gone=before)
         attach_masks(self.model, masks)
         self._asked |= grown

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from graphprune.config import closest
 from graphprune.errors import ConfigError
-from graphprune.lpot.config import Call, Config, Dataloader
+from graphprune.lpot.config import Config
+from graphprune.lpot.sections import Call, Dataloader
 from graphprune.training import Training
 
 _RENAMED = {"learning_rate": "lr"}
