@@ -59,8 +59,9 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "taylorfo": Algorithm("taylor"),
     "admm": Algorithm(None, learning="admm"),
     "movement": Algorithm(None, learning="movement"),
+    "random": Algorithm("random"),
 }
-"""The basic pruners by the names under which NNI's scheduled pruners know them."""
+"""The basic pruners by the names under which NNI's scheduled pruners know them, and a control."""
 
 
 class Pruner:
@@ -173,7 +174,7 @@ class Pruner:
         self.settings = dict(settings or self.settings)
         self.learn(self.settings)
         if self._need == "weights":
-            self.prune(self.settings)
+            self.prune(self.settings, Evidence(self.options.seed))
         elif self._training is not None:
             self.prune(self.settings, self.observe(self._training))
         else:
@@ -218,7 +219,7 @@ class Pruner:
         """
         if self._watching is None:
             self.watch()
-        evidence = NOTHING
+        evidence = Evidence(self.options.seed)
         if self._watching is not None:
             observer, stack = self._watching
             if not observer.count:
@@ -242,7 +243,7 @@ class Pruner:
         epochs = options.training_epochs or (5 if learning == "admm" else 1)
         with self._remembering_inputs():
             if learning == "slim":
-                slim(self.model, training, weights, scale=options.scale, epochs=epochs)
+                slim(self.model, training, weights, scale=options.scale, epochs=epochs, seed=options.seed)
             elif learning == "admm":
                 admm(
                     self.model,
@@ -252,6 +253,7 @@ class Pruner:
                     rho=options.rho,
                     iterations=options.iterations,
                     epochs=epochs,
+                    seed=options.seed,
                 )
             else:
                 self._scores = self._movement(settings, weights, training, epochs)
@@ -275,7 +277,7 @@ class Pruner:
             threshold=options.score_threshold,
             penalty=options.regular_scale,
         )
-        movement(self.model, training, scores, epochs)
+        movement(self.model, training, scores, epochs, options.seed)
         if options.score_threshold is not None:
             self._soft = by_layer(scores.masks())
         return {name: score.detach() for name, score in scores.scores.items()}

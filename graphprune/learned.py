@@ -22,7 +22,7 @@ Project = Callable[[Weights], Weights]
 """From weights to their masks at the sparsity that is wanted: 1 where an element stays."""
 
 
-def slim(model: nn.Module, training: Training, scales: Weights, *, scale: float, epochs: int) -> None:
+def slim(model: nn.Module, training: Training, scales: Weights, *, scale: float, epochs: int, seed: int = 0) -> None:
     """Trains with ``scale * sum |gamma|`` on top of the loss (Liu et al., Network Slimming, 2017, equation 1).
 
     Args:
@@ -31,8 +31,9 @@ def slim(model: nn.Module, training: Training, scales: Weights, *, scale: float,
         scales: The scales of its norms.
         scale: Weight of the penalty.
         epochs: How long.
+        seed: Of everything that is random.
     """
-    fit(model, training.regularised(shrinkage(list(scales.values()), scale)), epochs)
+    fit(model, training.regularised(shrinkage(list(scales.values()), scale)), epochs, seed=seed)
 
 
 def admm(
@@ -44,6 +45,7 @@ def admm(
     rho: float,
     iterations: int,
     epochs: int,
+    seed: int = 0,
 ) -> None:
     """Trains towards weights that are sparse (Zhang et al., A Systematic DNN Weight Pruning Framework, 2018).
 
@@ -58,6 +60,7 @@ def admm(
         rho: Weight of the penalty.
         iterations: How many turns.
         epochs: How long a turn trains.
+        seed: Of everything that is random.
     """
     sparse = _projected(weights, project)
     dual = {name: torch.zeros_like(weight) for name, weight in weights.items()}
@@ -70,7 +73,7 @@ def admm(
                     dual[name] += weight - sparse[name]
 
     penalty = proximity(lambda: [(weight, sparse[name] - dual[name]) for name, weight in weights.items()], rho)
-    fit(model, training.regularised(penalty), iterations * epochs, progress=after)
+    fit(model, training.regularised(penalty), iterations * epochs, seed=seed, progress=after)
 
 
 def _projected(weights: Weights, project: Project) -> dict[str, Tensor]:
@@ -79,11 +82,11 @@ def _projected(weights: Weights, project: Project) -> dict[str, Tensor]:
     return {name: value * masks[name].to(value) for name, value in values.items()}
 
 
-def movement(model: nn.Module, training: Training, scores: "Movement", epochs: int) -> None:
+def movement(model: nn.Module, training: Training, scores: "Movement", epochs: int, seed: int = 0) -> None:
     """Trains ``model`` in place for some epochs while scores are learned with it."""
     optimizer, schedule = training.made(model)
     with scores.during(optimizer):
-        fit(model, replace(training, optimizer=optimizer, schedule=schedule), epochs)
+        fit(model, replace(training, optimizer=optimizer, schedule=schedule), epochs, seed=seed)
 
 
 class Movement:

@@ -102,6 +102,9 @@ _TAYLOR = "Channels go that cost least by a first-order Taylor expansion (Molcha
 LevelPruner = _basic("LevelPruner", "level", "Single weights of smallest size go (Han et al., 2015).", "mode")
 L1NormPruner = _basic("L1NormPruner", "l1", _L1, "mode", "dummy_input")
 L2NormPruner = _basic("L2NormPruner", "l2", _L2, "mode", "dummy_input")
+RandomPruner = _basic(
+    "RandomPruner", "random", "Channels go by lot: the control for all others.", "mode", "dummy_input"
+)
 FPGMPruner = _basic(
     "FPGMPruner", "fpgm", "Channels nearest to the geometric median go (He et al., 2019).", "mode", "dummy_input"
 )

@@ -1,0 +1,353 @@
+"""Every algorithm at work on one network: pruned, trained again, and what it comes to. `RUNS` is the table of them."""
+
+import copy
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphprune.budget import cost
+from graphprune.fit import evaluated, fit
+from graphprune.pruners import (
+    ActivationAPoZRankPruner,
+    ActivationMeanRankPruner,
+    ADMMPruner,
+    AGPPruner,
+    BasicPruner,
+    FPGMPruner,
+    L1NormPruner,
+    L2NormPruner,
+    LevelPruner,
+    LinearPruner,
+    LotteryTicketPruner,
+    MovementPruner,
+    RandomPruner,
+    ScheduledPruner,
+    SlimPruner,
+    TaylorFOWeightPruner,
+)
+from graphprune.training import Training
+from speedup import ModelSpeedup
+from speedup.capture import capture
+from speedup.masking import attached_masks, without_masks
+
+SPARSITY = 0.5
+BATCHES = 20
+"""Of which activations or gradients are looked at."""
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """Batches in a new order each time, drawn from the generator of torch; what fills no batch is left out.
+
+    Attributes:
+        count: How many examples there are.
+        size: How many of them are a batch.
+        batch: The inputs and targets of some examples, by their numbers.
+    """
+
+    count: int
+    size: int
+    batch: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+    def __len__(self) -> int:
+        return self.count // self.size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return map(self.batch, torch.randperm(self.count).split(self.size)[: len(self)])
+
+
+@dataclass(frozen=True)
+class OneCycle:
+    """A trainer whose learning rate rises for a fifth of all steps and then falls to zero as a cosine.
+
+    Attributes:
+        data: The batches of an epoch.
+        steps: How many of them an epoch takes.
+        epochs: After how many epochs the rate is zero.
+        rate: The largest rate.
+        autocast: Whether the model runs in bfloat16 where that is safe; its weights stay in single precision.
+    """
+
+    data: Iterable[tuple[Tensor, Tensor]]
+    steps: int
+    epochs: int
+    rate: float
+    autocast: bool
+
+    def __call__(self, model: nn.Module, optimizer: torch.optim.Optimizer, criterion: Any, epoch: int) -> None:
+        """Trains for one epoch."""
+        for step, (inputs, targets) in enumerate(itertools.islice(self.data, self.steps)):
+            passed = (epoch * self.steps + step + 0.5) / (self.epochs * self.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate * cycle(passed)
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+                outputs = model(inputs)
+            optimizer.zero_grad()
+            criterion(outputs.float(), targets).backward()
+            optimizer.step()
+
+
+def cycle(passed: float) -> float:
+    """The share of the largest rate when so much of all steps has passed."""
+    return passed / 0.2 if passed < 0.2 else (1 + math.cos(math.pi * (passed - 0.2) / 0.8)) / 2
+
+
+@dataclass(frozen=True)
+class Setup:
+    """With what every algorithm works.
+
+    Attributes:
+        data: The batches of an epoch.
+        evaluate: The accuracy of a model in percent.
+        example_inputs: Of the model.
+        epochs: How long a pruned model is trained, over all rounds of a schedule.
+        learning: How long algorithms that learn train before.
+        rate: Largest learning rate.
+        seed: Of everything that is random.
+        autocast: As in :class:`OneCycle`.
+        layout: How weights lie in memory while they are trained.
+    """
+
+    data: Shuffled
+    evaluate: Callable[[nn.Module], float]
+    example_inputs: Tensor
+    epochs: int
+    learning: int = 2
+    rate: float = 0.05
+    seed: int = 0
+    autocast: bool = False
+    layout: torch.memory_format = torch.contiguous_format
+
+    def training(self, epochs: int, *, rate: float | None = None, steps: int | None = None) -> Training:
+        """SGD with momentum for so many epochs of one cycle."""
+        trainer = OneCycle(
+            self.data,
+            len(self.data) if steps is None else min(steps, len(self.data)),
+            epochs,
+            self.rate if rate is None else rate,
+            self.autocast,
+        )
+        return Training(trainer, sgd, nn.functional.cross_entropy)
+
+    def tune(self, model: nn.Module, epochs: int) -> None:
+        """Trains a pruned model in place."""
+        fit(model.to(memory_format=self.layout), self.training(epochs), epochs, seed=self.seed)
+
+    @property
+    def rounds(self) -> int:
+        """Of a schedule: four, if the epochs can be shared out between so many."""
+        return next(rounds for rounds in (4, 3, 2, 1) if self.epochs % rounds == 0)
+
+
+def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=1e-4)
+
+
+Way = Callable[[nn.Module, Setup], tuple[nn.Module, nn.Module]]
+"""From a dense model, which it may change, to the pruned one before and after it was trained again."""
+
+Values = Mapping[str, Any]
+Options = Callable[[Setup], dict[str, Any]]
+
+
+def at_once(pruner: type[BasicPruner], entry: Values, options: Options = lambda setup: {}) -> Way:
+    """Masks, then a physical shrink, then training."""
+
+    def way(model: nn.Module, setup: Setup) -> tuple[nn.Module, nn.Module]:
+        _, masks = _pruner(pruner, model, entry, options, setup).compress()
+        before = ModelSpeedup(model, setup.example_inputs, masks).speedup_model()
+        after = copy.deepcopy(before)
+        setup.tune(after, setup.epochs)
+        return before, after
+
+    return way
+
+
+def elementwise(pruner: type[BasicPruner], entry: Values, options: Options = lambda setup: {}) -> Way:
+    """Masks of single weights, which stay attached while the model trains: its shapes stay as they are."""
+
+    def way(model: nn.Module, setup: Setup) -> tuple[nn.Module, nn.Module]:
+        before, _ = _pruner(pruner, model, entry, options, setup).compress()
+        after = copy.deepcopy(before)
+        setup.tune(after, setup.epochs)
+        return before, after
+
+    return way
+
+
+def in_rounds(pruner: type[ScheduledPruner], algorithm: str, entry: Values) -> Way:
+    """A schedule: each round prunes, shrinks and trains; before is what the last one has pruned."""
+
+    def way(model: nn.Module, setup: Setup) -> tuple[nn.Module, nn.Module]:
+        pruned: list[nn.Module] = []
+
+        def finetune(small: nn.Module) -> None:
+            pruned[:] = [copy.deepcopy(small)]
+            setup.tune(small, setup.epochs // setup.rounds)
+
+        after, _ = pruner(
+            model,
+            [entry],
+            pruning_algorithm=algorithm,
+            total_iteration=setup.rounds,
+            finetuner=finetune,
+            speedup=True,
+            dummy_input=setup.example_inputs,
+            seed=setup.seed,
+        ).compress()
+        return pruned[0], after
+
+    return way
+
+
+def _pruner(pruner: type[BasicPruner], model: nn.Module, entry: Values, options: Options, setup: Setup) -> BasicPruner:
+    return pruner(model, [entry], dummy_input=setup.example_inputs, seed=setup.seed, **options(setup))
+
+
+def looking(setup: Setup) -> dict[str, Any]:
+    """Some batches with a learning rate of zero: what is looked at is the dense model."""
+    return {**_loop(setup.training(1, rate=0.0, steps=BATCHES)), "training_batches": BATCHES}
+
+
+def ranked_together(setup: Setup) -> dict[str, Any]:
+    return {**looking(setup), "mode": "global"}
+
+
+def shrinking_scales(setup: Setup) -> dict[str, Any]:
+    """A penalty that is felt within an epoch: with 390 steps ten times the usual one, of 160 epochs."""
+    scale = 0.4 / len(setup.data)
+    return {**_loop(setup.training(setup.learning)), "training_epochs": setup.learning, "scale": scale}
+
+
+def alternating(setup: Setup) -> dict[str, Any]:
+    """As many turns as epochs, and a penalty that is felt within one of them."""
+    turns = {"iterations": setup.learning, "training_epochs": 1, "rho": 4 / len(setup.data)}
+    return {**_loop(setup.training(setup.learning)), **turns, "granularity": "coarse-grained"}
+
+
+def moving(setup: Setup) -> dict[str, Any]:
+    """Nothing goes in the first tenth of the steps, and everything is gone after seven of them."""
+    steps = setup.learning * len(setup.data)
+    warm_up = {"warm_up_step": steps // 10, "cool_down_beginning_step": steps * 7 // 10}
+    return {**_loop(setup.training(setup.learning)), "training_epochs": setup.learning, **warm_up}
+
+
+def _loop(training: Training) -> dict[str, Any]:
+    return {"trainer": training.trainer, "optimizer": training.optimizer, "criterion": training.criterion}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row of the table.
+
+    Attributes:
+        way: What is done.
+        how: The same in words.
+        learns: Whether the algorithm trains before it prunes.
+        kind: ``channels`` if half of each layer's channels go, ``ranked`` if layers are ranked together, ``elements``.
+    """
+
+    way: Way
+    how: str
+    learns: bool = False
+    kind: str = "channels"
+
+
+CHANNELS = {"op_types": ["Conv2d"], "sparsity": SPARSITY}
+RANKED: Values = {"op_types": ["Conv2d"], "total_sparsity": SPARSITY, "max_sparsity_per_layer": 0.8}
+SCALES: Values = {"op_types": ["BatchNorm2d"], "total_sparsity": SPARSITY, "max_sparsity_per_layer": 0.8}
+
+AT_ONCE: Mapping[str, Run] = {
+    "random": Run(at_once(RandomPruner, CHANNELS), "channels by lot: the control"),
+    "l1": Run(at_once(L1NormPruner, CHANNELS), "smallest L1 norm"),
+    "l2": Run(at_once(L2NormPruner, CHANNELS), "smallest L2 norm"),
+    "fpgm": Run(at_once(FPGMPruner, CHANNELS), "nearest to the geometric median"),
+    "apoz": Run(at_once(ActivationAPoZRankPruner, CHANNELS, looking), "most often zero"),
+    "mean": Run(at_once(ActivationMeanRankPruner, CHANNELS, looking), "smallest mean activation"),
+    "taylor-local": Run(at_once(TaylorFOWeightPruner, CHANNELS, looking), "first-order Taylor, each layer by itself"),
+    "taylor-global": Run(
+        at_once(TaylorFOWeightPruner, RANKED, ranked_together),
+        "first-order Taylor, layers ranked together",
+        kind="ranked",
+    ),
+    "level": Run(elementwise(LevelPruner, CHANNELS), "smallest single weights", kind="elements"),
+}
+
+LEARNED: Mapping[str, Run] = {
+    "slim": Run(
+        at_once(SlimPruner, SCALES, shrinking_scales), "smallest batch norm scales", learns=True, kind="ranked"
+    ),
+    "admm": Run(at_once(ADMMPruner, CHANNELS, alternating), "ADMM towards sparse channels", learns=True),
+    "movement": Run(
+        elementwise(MovementPruner, CHANNELS, moving), "single weights that move to zero", learns=True, kind="elements"
+    ),
+}
+
+SCHEDULED: Mapping[str, Run] = {
+    "linear-l1": Run(in_rounds(LinearPruner, "l1", CHANNELS), "L1, sparsity grows evenly"),
+    "agp-l1": Run(in_rounds(AGPPruner, "l1", CHANNELS), "L1, sparsity grows as a cubic"),
+    "lottery-l1": Run(in_rounds(LotteryTicketPruner, "l1", CHANNELS), "L1, weights rewound after each round"),
+}
+
+SEARCHED: Mapping[str, Run] = {}
+"""Widths that a search finds."""
+
+RUNS: Mapping[str, Run] = {**AT_ONCE, **LEARNED, **SCHEDULED, **SEARCHED}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        macs: Multiply-accumulates of one example, before and after.
+        params: Parameters that are not masked, before and after.
+        dense: Accuracy of the dense model in percent.
+        pruned: Right after pruning.
+        tuned: After training.
+        epochs: Of learning and of training afterwards.
+        seconds: All but the evaluations.
+        model: The trained model.
+    """
+
+    macs: tuple[int, int]
+    params: tuple[int, int]
+    dense: float
+    pruned: float
+    tuned: float
+    epochs: tuple[int, int]
+    seconds: float
+    model: nn.Module = field(repr=False)
+
+
+def result(name: str, model: nn.Module, setup: Setup) -> Result:
+    """Runs a row of the table; the model stays as it is."""
+    run = RUNS[name]
+    start = time.perf_counter()
+    before, after = run.way(copy.deepcopy(model).to(memory_format=setup.layout), setup)
+    seconds = time.perf_counter() - start
+    dense, pruned, tuned = (evaluated(setup.evaluate, one) for one in (model, before, after))
+    (dense_macs, dense_params), (macs, params) = (_size(one, setup.example_inputs) for one in (model, after))
+    return Result(
+        macs=(dense_macs, macs),
+        params=(dense_params, params),
+        dense=dense,
+        pruned=pruned,
+        tuned=tuned,
+        epochs=(setup.learning if run.learns else 0, setup.epochs),
+        seconds=seconds,
+        model=after,
+    )
+
+
+def _size(model: nn.Module, example_inputs: Tensor) -> tuple[int, int]:
+    captured = capture(without_masks(model), example_inputs)
+    masked = sum(int((mask == 0).sum()) for mask in attached_masks(model).values())
+    found = cost(captured.graph_module, captured)
+    return found.macs, found.params - masked
