@@ -20,10 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import own_process
+import page
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("captured", "groups", "pinned", "kept", "proof", "onnx", "result", "seconds")
-HEAD = "| network | captured | groups that shrink | left alone, and why | parameters kept | proof | ONNX | result | seconds |"
+HEAD = (
+    "network", "captured", "groups that shrink", "left alone, and why", "parameters kept", "proof", "ONNX", "result",
+    "seconds",
+)  # fmt: skip
 
 
 def names() -> Iterator[str]:
@@ -175,21 +179,9 @@ def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
         f"{len(onnx)} with an ONNX file that agrees. {len(planned)} planned by shape, "
         f"{len(rows) - len(proven) - len(planned)} without a result.",
         "",
-        HEAD,
-        "|" + " --- |" * 9,
+        *page.table(HEAD, COLUMNS, dict(sorted(rows.items()))),
     ]
-    for name, values in sorted(rows.items()):
-        lines.append(
-            f"| {name} | " + " | ".join(str(values.get(column, "")).replace("|", "/") for column in COLUMNS) + " |"
-        )
     return "\n".join(lines) + "\n"
-
-
-def read(path: Path) -> dict[str, dict[str, str]]:
-    """The rows of a page that was written before."""
-    lines = [line for line in path.read_text().splitlines() if line.startswith("| ") and line != HEAD]
-    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if " --- " not in line]
-    return {name: {key: value for key, value in zip(COLUMNS, values, strict=False) if value} for name, *values in cells}
 
 
 def main() -> None:
@@ -204,7 +196,7 @@ def main() -> None:
     if given.row:
         print(json.dumps(row(given.row, given.proof_limit)))
         return
-    rows = read(given.out) if given.only and given.out and given.out.is_file() else {}
+    rows = page.read(given.out, HEAD, COLUMNS) if given.only and given.out and given.out.is_file() else {}
     wanted = given.only or list(names())
     with ThreadPoolExecutor(given.jobs) as pool:
         for name, found in zip(
@@ -213,7 +205,7 @@ def main() -> None:
             rows[name] = found
             print(name, found, flush=True)
             if given.out:
-                given.out.write_text(markdown(rows))
+                page.write(given.out, markdown(rows))
 
 
 if __name__ == "__main__":
