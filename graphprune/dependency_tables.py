@@ -20,7 +20,7 @@ def channel_dependencies(dependencies: DependencyGraph) -> str:
 
 
 def convolution_groups(dependencies: DependencyGraph) -> str:
-    """Returns as CSV of which number the channels of each convolution have to be a multiple: ``Conv Layer Name, Group``.
+    """Returns as CSV of what the channels of each convolution have to be a multiple: ``Conv Layer Name, Group``.
 
     What a layer produces and what it reads are bound to the groups of every convolution on either side.
     """

@@ -1,4 +1,4 @@
-"""The graph of axes and ties as a file: for Graphviz, for graph tools, for programs and to look at."""
+"""Drawings: the graph of axes and ties, as a file for tools too, and scores by shares."""
 
 import importlib
 import json
@@ -104,15 +104,37 @@ def _write_graphml(dependencies: DependencyGraph, path: Path) -> None:
     ElementTree.ElementTree(root).write(path, encoding="utf-8", xml_declaration=True)
 
 
-def _write_svg(dependencies: DependencyGraph, path: Path) -> None:
-    """One row for each group: its axes in the order of the model, ties as arcs coloured by kind."""
+def plot_scores(dense: float, scores: Mapping[str, Mapping[float, float]], path: Path) -> None:
+    """Draws the score of a model against the share that goes of one channel group, a line for each group.
+
+    Raises:
+        ConfigError: The suffix names no format, the file cannot be written, or matplotlib is missing.
+    """
+    figure = _matplotlib("figure", path).Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="share of the channels that goes", ylabel="score")
+    for name, row in scores.items():
+        axes.plot([0.0, *row], [dense, *row.values()], marker=".", label=name)
+    axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
     try:
-        figures = importlib.import_module("matplotlib.figure")
-        patches = importlib.import_module("matplotlib.patches")
+        figure.savefig(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror or error}). Name another file.") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: no plot has the suffix {path.suffix!r}. Use .svg, .png or .pdf.") from error
+
+
+def _matplotlib(module: str, path: Path) -> Any:
+    try:
+        return importlib.import_module(f"matplotlib.{module}")
     except ImportError as error:
         raise ConfigError(
-            f"{path}: drawing needs matplotlib. Install it with pip install 'graphprune[plot]', or use .dot."
+            f"{path}: drawing needs matplotlib. Install it with pip install 'graphprune[plot]'."
         ) from error
+
+
+def _write_svg(dependencies: DependencyGraph, path: Path) -> None:
+    """One row for each group: its axes in the order of the model, ties as arcs coloured by kind."""
+    figures, patches = _matplotlib("figure", path), _matplotlib("patches", path)
     nodes, edges = _tied(dependencies)
     rows: dict[int, list[str]] = {}
     for node in nodes:

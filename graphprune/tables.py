@@ -58,6 +58,15 @@ def channel_groups(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     return Group(table, Padding(Text(f"{len(rows)} channel groups, {free} of which can shrink."), (0, 1)))
 
 
+def sensitivities(dense: float, scores: Mapping[str, Mapping[float, float]]) -> RenderableType:
+    """Returns the score at each share of each group as a table."""
+    shares = list(dict.fromkeys(share for row in scores.values() for share in row))
+    table = _table("channel group", *(f">{share:g}" for share in shares))
+    for name, row in scores.items():
+        table.add_row(escape(name), *(f"{row[share]:.4g}" if share in row else "" for share in shares))
+    return Group(table, Padding(Text(f"The score of the whole model is {dense:.4g}."), (0, 1)))
+
+
 def findings(rows: Iterable[tuple[str, str]]) -> RenderableType:
     """Returns what was proven, line by line."""
     table = _table("proven", "")

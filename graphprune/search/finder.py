@@ -1,12 +1,12 @@
 """From the command line to a search: what finds the model that is delivered."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from graphprune.compress import Calibrate, Result
+from graphprune.compress import Calibrate, Progress, Result, Stages
 from graphprune.config import Request, closest
 from graphprune.errors import ConfigError
 from graphprune.fit import fit
@@ -16,7 +16,7 @@ from graphprune.search.autocompress import Regularise, autocompress
 from graphprune.search.candidate import Tune
 from graphprune.search.netadapt import netadapt
 from graphprune.search.rounds import in_rounds
-from graphprune.search.sensitivity import prune_by_sensitivity
+from graphprune.search.sensitivity import Sensitivity, prune_by_sensitivity, sensitivity
 from graphprune.search.space import Space
 from graphprune.search.trials import Found, Trials
 from graphprune.searched import TowardsShares
@@ -92,6 +92,30 @@ class Finder:
         loop = {"trainer": training.trainer, "optimizer": training.optimizer, "criterion": training.criterion}
         turns = {"iterations": self.epochs, "training_epochs": 1}
         return TowardsShares(space.layers, space.example_inputs, {**loop, **turns})
+
+
+def analysed(
+    source: Source,
+    shares: Sequence[float],
+    criterion: str,
+    journal: Path | None,
+    workers: str | None,
+    seed: int,
+    progress: Progress,
+) -> tuple[Space, Sensitivity]:
+    """Returns what can be chosen of a model, and its score at each share of each group.
+
+    Raises:
+        ConfigError: The file of the model has no ``evaluate(model)``, or a share makes no sense.
+    """
+    if source.evaluate is None:
+        raise ConfigError(f"{source.text}: has no evaluate(model). Add one.")
+    stage = Stages(progress)
+    calibrate = None if source.training is None else _Tune(source.training.first(20), 1)
+    options = {"criterion": criterion, "calibrate": calibrate, "seed": seed, "round_to": 1}
+    space = stage("analyse", Space.of, source.model, source.example_inputs, **options)
+    trials = Trials(space, source.evaluate, False, workers, journal, seed)
+    return space, stage("evaluate", sensitivity, trials, shares)
 
 
 @dataclass(frozen=True)

@@ -1,105 +1,27 @@
-"""The commands: they parse, print and set the exit status."""
+"""The command that makes a model smaller."""
 
-import contextlib
-import json
-import signal
-import sys
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, RenderableType
-from typer.core import TyperGroup
 
-import graphprune
 from graphprune import tables
-from graphprune.audit import audit
+from graphprune.cli.app import AsJson, Device, Inputs, Model, Seed, Threads, Weights, app, show, silent_stdout
 from graphprune.config import Request, read_request
 from graphprune.config_file import read_config_file
 from graphprune.criteria import CRITERIA
 from graphprune.deliver import deliver
-from graphprune.dependency import trace
-from graphprune.drawing import write_graph
 from graphprune.errors import ConfigError
 from graphprune.lpot.config import is_lpot
 from graphprune.lpot.delivery import deliver_pruned
 from graphprune.progress import StageDisplay
-from graphprune.report import describe_groups
 from graphprune.schedule import SCHEDULES
 from graphprune.search.finder import SEARCHES, Finder
 from graphprune.source import load_skeleton, load_source
 from graphprune.stream import deliver_checkpoint
-from speedup.errors import ProofError, SpeedupError
-from speedup.latency import DEFAULT_LIMITS, benchmark, to_csv
-from speedup.probe import profile
-
-
-class OneLine(TyperGroup):
-    """Ends a mistake in one line on stderr and exit status 2, a failed proof in 1; a bug keeps its traceback."""
-
-    def main(self, args: Sequence[str] | None = None, *_: Any, **extra: Any) -> Any:
-        """Runs a command line and leaves the process."""
-        words = list(sys.argv[1:] if args is None else args)
-        with contextlib.suppress(ValueError):  # outside the main thread there are no signals
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that drafts are removed
-        warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")  # inside torch.export
-        try:
-            status = super().main(words, **{**extra, "prog_name": "graphprune", "standalone_mode": False, "obj": words})
-        except (typer.TyperException, SpeedupError) as error:
-            _complain(error)
-            sys.exit(1 if isinstance(error, ProofError) else 2)
-        except (typer.Abort, KeyboardInterrupt):
-            sys.exit(130)
-        sys.exit(status or 0)
-
-
-def _complain(error: Exception) -> None:
-    text = str(error)
-    if isinstance(error, typer.TyperException):
-        context = getattr(error, "ctx", None)
-        path = context.command_path if context else "graphprune"
-        text = f"{error.format_message().rstrip('.')}. See {path} --help."
-    typer.echo(" ".join(text.split()), err=True)
-
-
-app = typer.Typer(
-    cls=OneLine,
-    help="Structured pruning of PyTorch models, proven equivalent to the masked original.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-Model = Annotated[
-    str, typer.Argument(help="file.py, file.py:name or package.module:name.", metavar="MODEL", show_default=False)
-]
-Inputs = Annotated[
-    list[str] | None,
-    typer.Option("--input", metavar="SHAPE", help="Example input, as in 1x3x224x224 or ids=2x128:int64; repeatable."),
-]
-Weights = Annotated[Path | None, typer.Option(help="State dict to load: safetensors, or written by torch.save.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of everything that is random.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Of onnxruntime while latency is measured.")]
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"graphprune {graphprune.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    """Structured pruning of PyTorch models, proven equivalent to the masked original."""
+from speedup.latency import DEFAULT_LIMITS
 
 
 @app.command("compress")
@@ -219,7 +141,7 @@ def compress_command(
     if no_proof and checkpoint is None:
         raise ConfigError("--no-proof: is for checkpoints larger than the memory. Leave it out.")
     if checkpoint is not None and not isinstance(request, Path):
-        with _silent_stdout(as_json), StageDisplay() as progress:
+        with silent_stdout(as_json), StageDisplay() as progress:
             progress("load")
             name, skeleton, example = load_skeleton(model, inputs=inputs or (), seed=seed)
             folder = out or Path(f"{name}-pruned")
@@ -235,9 +157,9 @@ def compress_command(
                 command=("graphprune", *context.obj),
                 progress=progress,
             )
-        _show(report if as_json else tables.compression(report, folder))
+        show(report if as_json else tables.compression(report, folder))
         return
-    with _silent_stdout(as_json), StageDisplay() as progress:
+    with silent_stdout(as_json), StageDisplay() as progress:
         progress("load")
         source = load_source(model, inputs=inputs or (), weights=weights, seed=seed, device=device)
         folder = out or Path(f"{source.name}-pruned")
@@ -253,74 +175,7 @@ def compress_command(
             command=("graphprune", *context.obj),
             progress=progress,
         )
-    _show(delivery.report if as_json else tables.compression(delivery.report, delivery.folder))
-
-
-@app.command("inspect")
-def inspect_command(
-    model: Model,
-    *,
-    inputs: Inputs = None,
-    weights: Weights = None,
-    graph: Annotated[Path | None, typer.Option(help="Write axes and ties: .dot, .graphml, .json or .svg.")] = None,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    as_json: AsJson = False,
-) -> None:
-    """Show the channel groups of MODEL: what goes together, and what is pinned and why."""
-    with _silent_stdout(as_json):
-        source = load_source(model, inputs=inputs or (), weights=weights, seed=seed, device=device)
-        dependencies = trace(source.model, source.example_inputs)
-        if graph is not None:
-            write_graph(dependencies, graph)
-        rows = describe_groups(dependencies)
-    _show(rows if as_json else tables.channel_groups(rows))
-
-
-@app.command("verify")
-def verify_command(
-    folder: Annotated[Path, typer.Argument(help="Folder that compress wrote.", metavar="DIR", show_default=False)],
-) -> None:
-    """Prove again what DIR claims, from its files alone."""
-    try:
-        with StageDisplay() as progress:
-            found = audit(folder, progress)
-    except ConfigError:
-        raise
-    except SpeedupError as error:
-        _complain(error)
-        raise typer.Exit(1) from error
-    _show(tables.findings([(finding.subject, finding.fact) for finding in found]))
-
-
-@app.command("bench")
-def bench_command(
-    models: Annotated[list[Path], typer.Argument(help="ONNX files; the first is the baseline.", metavar="ONNX...")],
-    *,
-    threads: Threads = None,
-    batch: Annotated[int, typer.Option(min=1, help="Size of the batch, where it is open.")] = 1,
-    provider: Annotated[str, typer.Option(help="Execution provider of onnxruntime.")] = "CPUExecutionProvider",
-    seed: Seed = 0,
-    csv: Annotated[Path | None, typer.Option(help="Write the rows to this file as well.")] = None,
-    with_profile: Annotated[bool, typer.Option("--profile", help="Say where the time goes, by operator.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Measure the latency of ONNX files side by side."""
-    result = benchmark(models, threads=threads, batch=batch, provider=provider, seed=seed)
-    profiles = {
-        str(path): [vars(row) for row in profile(path, threads=threads, batch=batch, provider=provider, seed=seed)]
-        for path in (models if with_profile else ())
-    }
-    if csv is not None:
-        _write(csv, to_csv(result))
-    if as_json:
-        _show({**result.to_dict(), "profiles": profiles})
-        return
-    _show(tables.latencies(result.rows()))
-    for name, rows in profiles.items():
-        _show(tables.operator_times(name, rows))
-    for warning in result.warnings:
-        typer.echo(f"Note: {warning}", err=True)
+    show(delivery.report if as_json else tables.compression(delivery.report, delivery.folder))
 
 
 _FINDING = ("schedule", "rounds", "search", "epochs", "journal", "workers")
@@ -353,29 +208,3 @@ def _is_told(context: typer.Context, name: str) -> bool:
 
 def _round_to(text: str) -> int | str:
     return int(text) if text.lstrip("-").isdigit() else text
-
-
-def _silent_stdout(wanted: bool) -> contextlib.AbstractContextManager[Any]:
-    """Sends what a model's own code prints to stderr, so that stdout holds JSON alone."""
-    return contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext()
-
-
-def _show(what: Any) -> None:
-    """Prints a table, or anything else as JSON."""
-    if isinstance(what, dict | list):
-        typer.echo(json.dumps(what, indent=1))
-        return
-    shown: RenderableType = what
-    Console(width=None if sys.stdout.isatty() else 120).print(shown)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror or error}). Name another file.") from error
-
-
-def main() -> None:
-    """The command line."""
-    app()

@@ -1,0 +1,149 @@
+"""Rounds, searches, sensitivity and dependency tables on the command line."""
+
+import csv
+import json
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_cli import NET, run
+from test_rules import one_thread
+
+import graphprune
+from graphprune.cli import app
+
+LEARNS = (
+    NET
+    + """
+from graphprune.training import Training
+
+X = torch.randn(32, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+Y = X.mean((2, 3)).argmax(1)
+
+def build_model():
+    return Net()
+
+def example_inputs():
+    return X[:2]
+
+def evaluate(model):
+    with torch.no_grad():
+        return -nn.functional.cross_entropy(model(X), Y).item()
+
+def training():
+    batches = [(X[i : i + 8], Y[i : i + 8]) for i in range(0, 32, 8)]
+    return Training.on(batches, nn.functional.cross_entropy, optimizer=lambda p: torch.optim.Adam(p, lr=1e-2))
+"""
+)
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder to work in that holds a model that can be trained, and one that cannot."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(LEARNS)
+    (tmp_path / "plain.py").write_text(NET + "def example_inputs():\n    return torch.randn(2, 3, 6, 6)\n")
+    with one_thread():
+        yield tmp_path
+
+
+def report(*words: object) -> dict[str, object]:
+    result = run("compress", "net.py", "--no-bench", "--round-to", "1", "--json", *words)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def stems(made: dict) -> int:
+    return next(group["kept"] for group in made["groups"] if group["name"] == "stem.weight")
+
+
+def test_training_after_the_shrink_is_proven_and_verified(place: Path) -> None:
+    trained, plain = report("--epochs", 4), report("--out", "plain")
+    assert stems(trained) == stems(plain) == 16
+    assert trained["accuracy"]["dense"] == plain["accuracy"]["dense"] < trained["accuracy"]["shrunk"]
+    assert run("verify", "net-pruned").exit_code == 0
+    namespace: dict = {}
+    exec(LEARNS, namespace)
+    loaded = graphprune.load(place / "net-pruned", namespace["Net"]())
+    assert namespace["evaluate"](loaded.eval()) == pytest.approx(trained["accuracy"]["shrunk"], rel=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "agp", "lottery_ticket"])
+def test_rounds_end_where_they_should(schedule: str) -> None:
+    made = report("--schedule", schedule, "--rounds", 3, "--epochs", 1, "--sparsity", 0.75)
+    assert stems(made) == 8 and made["proof"]["difference"] < 1e-9
+
+
+def test_rounds_go_on_from_their_journal(place: Path) -> None:
+    words = ("--schedule", "agp", "--rounds", 2, "--epochs", 1, "--journal", "rounds.jsonl")
+    first = report(*words)
+    lines = (place / "rounds.jsonl").read_text()
+    again = report(*words, "--force")
+    assert (place / "rounds.jsonl").read_text() == lines
+    assert again["accuracy"] == first["accuracy"] and again["files"]["plan.json"] == first["files"]["plan.json"]
+
+
+@pytest.mark.parametrize("search", ["sensitivity", "annealing", "netadapt", "autocompress"])
+def test_searches_meet_their_target(search: str) -> None:
+    made = report("--search", search, "--sparsity", 0.3, "--epochs", int(search in ("netadapt", "autocompress")))
+    assert made["proof"]["difference"] < 1e-9
+    if search == "netadapt":
+        assert made["macs"]["shrunk"] <= 0.7 * made["macs"]["dense"]
+    else:  # of the weights of both convolutions, which make all channels of the one group
+        assert 32 - stems(made) == 10
+
+
+def test_the_table_of_sensitivity(place: Path) -> None:
+    words = ("sensitivity", "net.py", "--share", 0.25, "--share", 0.5)
+    made = json.loads(run(*words, "--json").stdout)
+    assert made["scores"].keys() == {"stem.weight"} and made["scores"]["stem.weight"].keys() == {"0.25", "0.5"}
+    result = run(*words, "--csv", "table.csv", "--plot", "plot.svg")
+    assert result.exit_code == 0 and "stem.weight" in result.stdout
+    rows = list(csv.reader((place / "table.csv").open()))
+    assert rows[0] == ["layername", "0.25", "0.5"] and [row[0] for row in rows[1:]] == ["stem", "body"]
+    assert float(rows[1][1]) == made["scores"]["stem.weight"]["0.25"]
+    assert ET.parse(place / "plot.svg").getroot().tag.endswith("svg")
+
+
+def test_dependencies_in_the_columns_of_others(place: Path) -> None:
+    grouped = LEARNS.replace(
+        "self.body = nn.Conv2d(width, width, 3, padding=1)",
+        "self.body = nn.Conv2d(width, width, 3, padding=1, groups=4)",
+    )
+    (place / "grouped.py").write_text(grouped)
+    assert run("inspect", "grouped.py", "--csv", "sets.csv", "--csv-groups", "groups.csv").exit_code == 0
+    assert (place / "sets.csv").read_text() == "Dependency Set,Layers\nSet 1,stem,body\n"
+    assert (place / "groups.csv").read_text() == "Conv Layer Name,Group\nstem,4\nbody,4\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("compress", "net.py", "--search", "anealing"), "search 'anealing': is not known (did you mean 'annealing'?). Use "),
+        (("compress", "net.py", "--schedule", "cubic"), "schedule 'cubic': is not known. Use one of one_shot, linear, agp"),
+        (("compress", "net.py", "--schedule", "agp", "--search", "amc"), "--search and --schedule: exclude each other"),
+        (("compress", "plain.py", "--epochs", "1"), "plain.py: has no training(), which --epochs needs. Add one."),
+        (("compress", "plain.py", "--search", "amc"), "plain.py: has no evaluate(model), which --search needs. Add one."),
+        (("compress", "plain.py", "--criterion", "taylor"), "criterion 'taylor': looks at gradients. Give calibrate(model)"),
+        (("compress", "net.py", "--epochs", "1", "--checkpoint", "."), "--epochs: is not for checkpoints"),
+        (("sensitivity", "plain.py"), "plain.py: has no evaluate(model). Add one."),
+        (("sensitivity", "net.py", "--share", "1.5"), "shares: 1.5 is not in (0, 1). Use shares such as 0.1."),
+        (("sensitivity", "net.py", "--share", "0.5", "--plot", "x.txt"), "x.txt: no plot has the suffix '.txt'. Use .svg"),
+    ],
+)  # fmt: skip
+def test_mistakes_end_in_one_line(place: Path, words: tuple[str, ...], message: str) -> None:
+    result = run(*words, *(("--no-bench",) if words[0] == "compress" else ()))
+    line = result.stderr.strip().splitlines()[-1]
+    assert result.exit_code == 2 and line.startswith(message)
+    assert {path.name for path in place.iterdir()} == {"net.py", "plain.py"}
+
+
+def test_the_commands_are_all_there() -> None:
+    assert {command.name for command in app.registered_commands} == {
+        "compress",
+        "inspect",
+        "sensitivity",
+        "verify",
+        "bench",
+    }
