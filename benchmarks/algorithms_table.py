@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,10 +28,10 @@ from graphprune.pruners import (
     LotteryTicketPruner,
     MovementPruner,
     RandomPruner,
-    ScheduledPruner,
     SlimPruner,
     TaylorFOWeightPruner,
 )
+from graphprune.scheduled import ScheduledPruner
 from graphprune.training import Training
 from speedup import ModelSpeedup
 from speedup.capture import capture
@@ -144,6 +145,11 @@ class Setup:
         """Of a schedule: four, if the epochs can be shared out between so many."""
         return next(rounds for rounds in (4, 3, 2, 1) if self.epochs % rounds == 0)
 
+    @property
+    def round(self) -> int:
+        """The epochs of one of them."""
+        return self.epochs // self.rounds
+
 
 def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=1e-4)
@@ -182,14 +188,19 @@ def elementwise(pruner: type[BasicPruner], entry: Values, options: Options = lam
 
 
 def in_rounds(pruner: type[ScheduledPruner], algorithm: str, entry: Values) -> Way:
-    """A schedule: each round prunes, shrinks and trains; before is what the last one has pruned."""
+    """A schedule: each round prunes, shrinks and trains; before is what the last one has pruned.
+
+    Where weights return to their first values, the last training begins from these, and is as long as everybody's.
+    """
 
     def way(model: nn.Module, setup: Setup) -> tuple[nn.Module, nn.Module]:
         pruned: list[nn.Module] = []
+        trainings = setup.rounds + pruner.rewind  # the dense model is trained before it is rewound
 
         def finetune(small: nn.Module) -> None:
-            pruned[:] = [copy.deepcopy(small)]
-            setup.tune(small, setup.epochs // setup.rounds)
+            pruned.append(copy.deepcopy(small))
+            whole = pruner.rewind and len(pruned) == trainings
+            setup.tune(small, setup.epochs if whole else setup.round)
 
         after, _ = pruner(
             model,
@@ -201,7 +212,7 @@ def in_rounds(pruner: type[ScheduledPruner], algorithm: str, entry: Values) -> W
             dummy_input=setup.example_inputs,
             seed=setup.seed,
         ).compress()
-        return pruned[0], after
+        return pruned[-1], after
 
     return way
 
@@ -249,16 +260,18 @@ class Run:
     Attributes:
         way: What is done.
         how: The same in words.
-        learns: Whether the algorithm trains before it prunes.
+        learns: How many epochs are spent on what is to go, and not kept as training of what stays.
         kind: ``channels`` if half of each layer's channels go, ``ranked`` if layers are ranked together, ``elements``.
     """
 
     way: Way
     how: str
-    learns: bool = False
+    learns: Callable[[Setup], int] = lambda setup: 0
     kind: str = "channels"
 
 
+LEARNING = operator.attrgetter("learning")
+ALL_ROUNDS = operator.attrgetter("epochs")
 CHANNELS = {"op_types": ["Conv2d"], "sparsity": SPARSITY}
 RANKED: Values = {"op_types": ["Conv2d"], "total_sparsity": SPARSITY, "max_sparsity_per_layer": 0.8}
 SCALES: Values = {"op_types": ["BatchNorm2d"], "total_sparsity": SPARSITY, "max_sparsity_per_layer": 0.8}
@@ -281,18 +294,23 @@ AT_ONCE: Mapping[str, Run] = {
 
 LEARNED: Mapping[str, Run] = {
     "slim": Run(
-        at_once(SlimPruner, SCALES, shrinking_scales), "smallest batch norm scales", learns=True, kind="ranked"
+        at_once(SlimPruner, SCALES, shrinking_scales), "smallest batch norm scales", learns=LEARNING, kind="ranked"
     ),
-    "admm": Run(at_once(ADMMPruner, CHANNELS, alternating), "ADMM towards sparse channels", learns=True),
+    "admm": Run(at_once(ADMMPruner, CHANNELS, alternating), "ADMM towards sparse channels", learns=LEARNING),
     "movement": Run(
-        elementwise(MovementPruner, CHANNELS, moving), "single weights that move to zero", learns=True, kind="elements"
+        elementwise(MovementPruner, CHANNELS, moving),
+        "single weights that move to zero",
+        learns=LEARNING,
+        kind="elements",
     ),
 }
 
 SCHEDULED: Mapping[str, Run] = {
     "linear-l1": Run(in_rounds(LinearPruner, "l1", CHANNELS), "L1, sparsity grows evenly"),
     "agp-l1": Run(in_rounds(AGPPruner, "l1", CHANNELS), "L1, sparsity grows as a cubic"),
-    "lottery-l1": Run(in_rounds(LotteryTicketPruner, "l1", CHANNELS), "L1, weights rewound after each round"),
+    "lottery-l1": Run(
+        in_rounds(LotteryTicketPruner, "l1", CHANNELS), "L1, weights rewound after each round", learns=ALL_ROUNDS
+    ),
 }
 
 SEARCHED: Mapping[str, Run] = {}
@@ -311,7 +329,7 @@ class Result:
         dense: Accuracy of the dense model in percent.
         pruned: Right after pruning.
         tuned: After training.
-        epochs: Of learning and of training afterwards.
+        epochs: To learn what goes, and to train what stays.
         seconds: All but the evaluations.
         model: The trained model.
     """
@@ -340,7 +358,7 @@ def result(name: str, model: nn.Module, setup: Setup) -> Result:
         dense=dense,
         pruned=pruned,
         tuned=tuned,
-        epochs=(setup.learning if run.learns else 0, setup.epochs),
+        epochs=(run.learns(setup), setup.epochs),
         seconds=seconds,
         model=after,
     )

@@ -101,8 +101,9 @@ def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
         "269.7 k parameters and 40.6 M multiply-accumulates, pruned to 50 % by every algorithm and trained again. The same for all: "
         f"SGD with momentum 0.9 and batches of {SIZE}, random crops and flips, a learning rate that rises to 0.05 and falls to "
         "zero, bfloat16 where PyTorch's autocast has it. *Pruned*: accuracy on the 10,000 test images right after pruning, of a "
-        "schedule after its last round; *trained*: after training. *Epochs*: those in which the algorithm itself learns, if it does, "
-        "and those of training afterwards, which a schedule shares out between its rounds. No epoch was chosen by the test images. "
+        "schedule after its last round; *trained*: after training. *Epochs*: those in which an algorithm learns what goes, if it "
+        "does, and those of training what stays, which a schedule shares out between its four rounds; lottery tickets begin again "
+        "after all rounds. No epoch was chosen by the test images. "
         "*Parameters*: those that are not masked; where single weights go, the network keeps its shape, and its "
         "multiply-accumulates. Where layers are ranked together, half of all scales, or of all weights by the channels that "
         "produce them, go. One seed; an accuracy of 90 % on 10,000 images has a standard error of 0.3.",
