@@ -19,7 +19,7 @@ from graphprune.compress import compress
 from speedup import ModelSpeedup, SpeedupError
 from speedup.capture import capture
 from speedup.errors import PlanError
-from speedup.masking import attach_masks, attached_masks, detach_masks, plain_state, without_masks
+from speedup.masking import attach_masks, attached_masks, detach_masks, multiply_masks, plain_state, without_masks
 
 
 class Held(nn.Module):
@@ -730,3 +730,17 @@ def test_tied_embeddings_of_transformers() -> None:
     detach_masks(model)
     assert model.lm_head.weight is model.transformer.wte.weight
     torch.testing.assert_close(model(WORDS).logits, plain(WORDS).logits, rtol=0, atol=0)
+
+
+def test_parameters_are_multiplied_while_masks_stay() -> None:
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    net[1].weight = nn.Parameter(net[0].weight.detach()[:, :2].clone())
+    mask = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
+    weight = net[0].weight
+    before, other = weight.detach().clone(), net[1].weight.detach().clone()
+    attach_masks(net, {"0.weight": mask})
+    for _ in range(2):
+        multiply_masks(net)
+        assert torch.equal(weight, before * mask) and torch.equal(attached_masks(net)["0.weight"], mask)
+    detach_masks(net, multiply=False)
+    assert torch.equal(net[0].weight, before * mask) and torch.equal(net[1].weight, other)
