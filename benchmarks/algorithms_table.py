@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.budget import cost
-from graphprune.fit import evaluated, fit
 from graphprune.pruners import (
     ActivationAPoZRankPruner,
     ActivationMeanRankPruner,
@@ -31,8 +30,9 @@ from graphprune.pruners import (
     SlimPruner,
     TaylorFOWeightPruner,
 )
-from graphprune.scheduled import ScheduledPruner
+from graphprune.pruners.scheduled import ScheduledPruner
 from graphprune.training import Training
+from graphprune.training.fit import evaluated, fit
 from speedup import ModelSpeedup
 from speedup.capture import capture
 from speedup.masking import attached_masks, without_masks

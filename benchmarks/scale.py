@@ -156,7 +156,7 @@ def run(dense: Path, small: Path) -> dict[str, Any]:
 
     import graphprune
     from graphprune.blueprint import Blueprint
-    from graphprune.checkpoint import Checkpoint, fill
+    from graphprune.checkpoints.checkpoint import Checkpoint, fill
     from graphprune.compress import Stages, planned
     from graphprune.config import Request
     from speedup.capture import capture

@@ -13,7 +13,7 @@ from graphprune import folder as files
 from graphprune.archive import read_program
 from graphprune.blueprint import Blueprint
 from graphprune.budget import cost
-from graphprune.checkpoint import INDEX, SINGLE
+from graphprune.checkpoints.checkpoint import INDEX, SINGLE
 from graphprune.errors import ConfigError, ModelError
 from graphprune.weights import read_weights
 from speedup.agreement import compare, tensors

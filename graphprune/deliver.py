@@ -16,11 +16,11 @@ from graphprune.blueprint import Blueprint, described
 from graphprune.compress import Calibrate, Progress, Result, Stages, compress
 from graphprune.config import Request
 from graphprune.errors import ConfigError
-from graphprune.fit import fit
 from graphprune.folder import replacing
 from graphprune.report import Report
 from graphprune.source import Source
 from graphprune.training import Training
+from graphprune.training.fit import fit
 from graphprune.weights import save_weights
 from speedup.export import OPSETS, ModelFile, export_onnx, export_pt2
 from speedup.latency import DEFAULT_LIMITS, Benchmark, Limits, benchmark

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.blueprint import Blueprint
-from graphprune.checkpoint import INDEX, SINGLE, Checkpoint, fill
+from graphprune.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint, fill
 from graphprune.errors import ConfigError, ModelError
 from graphprune.weights import load_weights
 from speedup.capture import Captured, capture

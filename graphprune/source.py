@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from graphprune.checkpoints.skeleton import Skeleton, parameters_on_meta
 from graphprune.config import closest
 from graphprune.errors import ConfigError, ModelError
-from graphprune.skeleton import Skeleton, parameters_on_meta
 from graphprune.training import Training
 from graphprune.weights import load_weights
 from speedup.inputs import ExampleInputs

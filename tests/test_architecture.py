@@ -14,8 +14,8 @@ from test_stream import FIRST, checkpoint_and_model
 
 import graphprune
 from graphprune import compress_checkpoint
-from graphprune.architecture import resized
-from graphprune.checkpoint import INDEX
+from graphprune.checkpoints.architecture import resized
+from graphprune.checkpoints.checkpoint import INDEX
 from speedup.plan import ShrinkPlan
 
 pytestmark = pytest.mark.usefixtures("quiet_and_quick")

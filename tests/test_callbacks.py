@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from graphprune.callbacks import lightning_callback, transformers_callback
 from graphprune.errors import ConfigError
+from graphprune.training.callbacks import lightning_callback, transformers_callback
 
 pytestmark = pytest.mark.usefixtures("quiet_and_quick")
 
@@ -178,6 +178,6 @@ def test_a_library_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_they_are_imported_when_they_are_used() -> None:
-    code = "import graphprune.callbacks, sys; print([m for m in ('transformers', 'pytorch_lightning') if m in sys.modules])"
+    code = "import graphprune.training.callbacks, sys; print([m for m in ('transformers', 'pytorch_lightning') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -12,8 +12,8 @@ from test_rules import conv, image
 from torch import Tensor, nn
 
 from graphprune.errors import ConfigError, TrainingError
-from graphprune.learned import Movement, Weights, admm, movement, slim
 from graphprune.pruners import ADMMPruner, MovementPruner, SlimPruner
+from graphprune.pruners.learned import Movement, Weights, admm, movement, slim
 from graphprune.training import Training
 from speedup.masking import attach_masks, attached_masks
 

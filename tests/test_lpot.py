@@ -21,13 +21,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import graphprune
 from graphprune import folder as files
-from graphprune.callbacks import lightning_callback
 from graphprune.config import Request, read_request
 from graphprune.config_file import read_config_file
 from graphprune.errors import ConfigError
 from graphprune.lpot import Pruning, common
 from graphprune.lpot.config import read_lpot
 from graphprune.training import Training
+from graphprune.training.callbacks import lightning_callback
 from speedup.masking import attached_masks
 
 pytestmark = pytest.mark.usefixtures("quiet_and_quick")

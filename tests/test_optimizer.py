@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 import graphprune
 from graphprune.errors import ConfigError
-from graphprune.optimizer import Moved, follow, follow_schedule
+from graphprune.training.optimizer import Moved, follow, follow_schedule
 from speedup.cut import ShrunkGraph
 from speedup.plan import Axis, ShrinkPlan
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import graphprune
+from graphprune.checkpoints.skeleton import Skeleton
 from graphprune.criteria import CRITERIA
 from graphprune.dependency import find_dependencies
 from graphprune.select import select
-from graphprune.skeleton import Skeleton
 from speedup.analysis import analyse
 from speedup.capture import capture
 from speedup.errors import CaptureError

@@ -15,8 +15,8 @@ from graphprune.criteria import CRITERIA
 from graphprune.dependency import trace
 from graphprune.errors import ConfigError
 from graphprune.evidence import Evidence
-from graphprune.finding import MaskFinder
-from graphprune.sparsify import Masks, channel_masks, element_masks, layer_masks
+from graphprune.pruners.finding import MaskFinder
+from graphprune.pruners.sparsify import Masks, channel_masks, element_masks, layer_masks
 
 pytestmark = pytest.mark.usefixtures("quiet_and_quick")
 

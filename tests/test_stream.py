@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune import compress_checkpoint
-from graphprune.checkpoint import INDEX, SINGLE, Checkpoint
+from graphprune.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
 from graphprune.errors import ConfigError, ModelError
 from speedup.errors import ProofError
 
@@ -137,7 +137,7 @@ def test_few_tensors_are_in_memory_at_once(
 def test_what_was_written_wrongly_is_not_handed_over(
     llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from graphprune import stream
+    from graphprune.checkpoints import stream
 
     checkpoint_and_model(small(llama), tmp_path / "dense")
     write = stream.write_checkpoint

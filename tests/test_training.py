@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import graphprune
 from graphprune.errors import ConfigError, ModelError, TrainingError
-from graphprune.fit import Epoch, evaluated, fit
-from graphprune.loss import proximity, regularised, shrinkage
 from graphprune.training import Training
+from graphprune.training.fit import Epoch, evaluated, fit
+from graphprune.training.loss import proximity, regularised, shrinkage
 
 pytestmark = pytest.mark.usefixtures("quiet_and_quick")
 

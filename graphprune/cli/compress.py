@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from graphprune import tables
+from graphprune.checkpoints.stream import deliver_checkpoint
 from graphprune.cli.app import AsJson, Device, Inputs, Model, Seed, Threads, Weights, app, show, silent_stdout
 from graphprune.config import Request, read_request
 from graphprune.config_file import read_config_file
@@ -20,7 +21,6 @@ from graphprune.progress import StageDisplay
 from graphprune.schedule import SCHEDULES
 from graphprune.search.finder import SEARCHES, Finder
 from graphprune.source import load_skeleton, load_source
-from graphprune.stream import deliver_checkpoint
 from speedup.latency import DEFAULT_LIMITS
 
 

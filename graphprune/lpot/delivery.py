@@ -12,7 +12,7 @@ from graphprune.deliver import Delivery, deliver
 from graphprune.folder import check_free
 from graphprune.lpot.pruning import Pruning
 from graphprune.source import Source
-from graphprune.training import Loop
+from graphprune.training.loop import Loop
 from speedup.capture import capture
 from speedup.latency import DEFAULT_LIMITS, Limits
 

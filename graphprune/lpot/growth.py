@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from graphprune.config_list import Entry
 from graphprune.errors import ConfigError, TrainingError
 from graphprune.lpot.config import Goal
-from graphprune.sparsify import tensor_masks
+from graphprune.pruners.sparsify import tensor_masks
 from speedup.masking import attach_masks, attached_masks, multiply_masks
 
 

@@ -8,12 +8,12 @@ from typing import Any
 from torch import nn
 
 from graphprune.errors import ConfigError, TrainingError
-from graphprune.fit import Fit, evaluated, fit
 from graphprune.lpot.common import Model
 from graphprune.lpot.config import Config, Goal, goals_of, read_lpot
 from graphprune.lpot.growth import Growth
 from graphprune.lpot.recipe import described
-from graphprune.training import Loop, Training
+from graphprune.training.fit import Fit, evaluated, fit
+from graphprune.training.loop import Loop, Training
 from speedup.masking import attached_masks, detach_masks
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from graphprune.compress import Calibrate, Progress, Result, Stages
 from graphprune.config import Request, closest
 from graphprune.errors import ConfigError
-from graphprune.fit import fit
+from graphprune.pruners.searched import TowardsShares
 from graphprune.search.amc import amc
 from graphprune.search.annealing import annealing
 from graphprune.search.autocompress import Regularise, autocompress
@@ -19,9 +19,9 @@ from graphprune.search.rounds import in_rounds
 from graphprune.search.sensitivity import Sensitivity, prune_by_sensitivity, sensitivity
 from graphprune.search.space import Space
 from graphprune.search.trials import Found, Trials
-from graphprune.searched import TowardsShares
 from graphprune.source import Source
 from graphprune.training import Training
+from graphprune.training.fit import fit
 
 Search = Callable[[Trials, float, Tune | None, Regularise | None], Found]
 """From how candidates are evaluated, how much goes, what trains a model, and what trains it towards shares."""

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from graphprune import folder as files
-from graphprune.architecture import resized
 from graphprune.blueprint import Blueprint, described
-from graphprune.checkpoint import INDEX, PICKLED, Checkpoint, check_fits, is_counter, write_checkpoint
+from graphprune.checkpoints.architecture import resized
+from graphprune.checkpoints.checkpoint import INDEX, PICKLED, Checkpoint, check_fits, is_counter, write_checkpoint
+from graphprune.checkpoints.skeleton import Skeleton
 from graphprune.compress import Progress, Stages, costs_of, planned
 from graphprune.config import Request
 from graphprune.errors import ConfigError, ModelError
 from graphprune.folder import replacing
 from graphprune.report import Report, build_report
-from graphprune.skeleton import Skeleton
 from speedup.capture import capture
 from speedup.inputs import ExampleInputs
 from speedup.plan import ShrinkPlan

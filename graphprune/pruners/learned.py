@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from graphprune.fit import Epoch, fit
-from graphprune.loss import proximity, shrinkage
 from graphprune.training import Training
+from graphprune.training.fit import Epoch, fit
+from graphprune.training.loss import proximity, shrinkage
 from speedup.masked_class import PREFIX
 from speedup.masking import attach_masks, attached_masks, detach_masks
 

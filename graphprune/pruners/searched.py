@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from graphprune.algorithms import ALGORITHMS, Pruner
 from graphprune.config import closest
 from graphprune.config_list import read_config_list, target_of
 from graphprune.errors import ConfigError
 from graphprune.evidence import at_first_call
-from graphprune.options import Options
+from graphprune.pruners.algorithms import ALGORITHMS, Pruner
+from graphprune.pruners.options import Options
+from graphprune.pruners.sparsify import Masks, masks_of
 from graphprune.search import (
     Episodes,
     Found,
@@ -26,7 +27,6 @@ from graphprune.search import (
     prune_by_sensitivity,
 )
 from graphprune.search.annealing import MANUAL
-from graphprune.sparsify import Masks, masks_of
 from speedup.inputs import ExampleInputs
 from speedup.masking import attach_masks
 
@@ -331,7 +331,7 @@ class TowardsShares:
     """ADMM towards the shares of a round of AutoCompress; a value, so that it can go to a worker."""
 
     def __init__(self, layers: Mapping[str, Sequence[str]], example: ExampleInputs, options: Mapping[str, Any]) -> None:
-        """Takes the layers of each group, example inputs, and :class:`~graphprune.options.Options` of ADMM."""
+        """Takes the layers of each group, example inputs, and :class:`~graphprune.pruners.options.Options` of ADMM."""
         self._layers = dict(layers)
         self._options = {**options, "dummy_input": example, "granularity": "coarse-grained"}
 

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from graphprune.errors import ConfigError, TrainingError
-from graphprune.snapshot import load_best, load_snapshot, newest_snapshot, save_snapshot, seeded
-from graphprune.training import Hooks, Loop, Training
+from graphprune.training.loop import Hooks, Loop, Training
+from graphprune.training.snapshot import load_best, load_snapshot, newest_snapshot, save_snapshot, seeded
 
 Evaluator = Callable[[nn.Module], float]
 Direction = Literal["maximize", "minimize"]

@@ -1,8 +1,4 @@
-"""The algorithms under the names that their users know from NNI.
-
-Every pruner takes a model and a config list, then what it took there. ``compress()`` returns the model, to which masks
-are attached, and the masks; :class:`speedup.ModelSpeedup` makes a smaller model of them.
-"""
+"""The basic pruners under the names that their users know from NNI."""
 
 from collections.abc import Mapping, Sequence
 from inspect import Parameter, Signature
@@ -10,44 +6,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from graphprune.algorithms import Pruner
 from graphprune.errors import ConfigError
-from graphprune.options import Options
-from graphprune.scheduled import AGP_Pruner, AGPPruner, LinearPruner, LotteryTicketPruner
-from graphprune.searched import (
-    AMCPruner,
-    AutoCompressPruner,
-    NetAdaptPruner,
-    SensitivityPruner,
-    SimulatedAnnealingPruner,
-)
-
-__all__ = [
-    "ADMMPruner",
-    "AGPPruner",
-    "AGP_Pruner",
-    "AMCPruner",
-    "ActivationAPoZRankFilterPruner",
-    "ActivationAPoZRankPruner",
-    "ActivationMeanRankFilterPruner",
-    "ActivationMeanRankPruner",
-    "AutoCompressPruner",
-    "FPGMPruner",
-    "L1FilterPruner",
-    "L1NormPruner",
-    "L2FilterPruner",
-    "L2NormPruner",
-    "LevelPruner",
-    "LinearPruner",
-    "LotteryTicketPruner",
-    "MovementPruner",
-    "NetAdaptPruner",
-    "SensitivityPruner",
-    "SimulatedAnnealingPruner",
-    "SlimPruner",
-    "TaylorFOWeightFilterPruner",
-    "TaylorFOWeightPruner",
-]
+from graphprune.pruners.algorithms import Pruner
+from graphprune.pruners.options import Options
 
 
 class BasicPruner(Pruner):
@@ -83,7 +44,7 @@ def _basic(name: str, algorithm: str, what: str, *takes: str) -> type[BasicPrune
     arguments = [Parameter(one, Parameter.POSITIONAL_OR_KEYWORD) for one in ("model", "config_list")]
     arguments += [Parameter(one, Parameter.POSITIONAL_OR_KEYWORD, default=None) for one in takes]
     attributes: dict[str, Any] = {
-        "__doc__": f"{what}\n\nOther arguments are the fields of :class:`~graphprune.options.Options`.",
+        "__doc__": f"{what}\n\nOther arguments are the fields of :class:`~graphprune.pruners.options.Options`.",
         "__module__": __name__,
         "__signature__": Signature([*arguments, Parameter("options", Parameter.VAR_KEYWORD)]),
         "name": algorithm,

@@ -12,9 +12,9 @@ from graphprune.criteria import CRITERIA, SLICES, learned_scores
 from graphprune.dependency import DependencyGraph, find_dependencies
 from graphprune.errors import ConfigError
 from graphprune.evidence import NOTHING, Evidence
-from graphprune.learned import Weights
+from graphprune.pruners.learned import Weights
+from graphprune.pruners.sparsify import Masks, channel_masks, element_masks, layer_masks
 from graphprune.select import Selection
-from graphprune.sparsify import Masks, channel_masks, element_masks, layer_masks
 from speedup.analysis import analyse
 from speedup.capture import capture
 from speedup.inputs import ExampleInputs

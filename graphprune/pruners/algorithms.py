@@ -16,14 +16,14 @@ from graphprune.config_list import Setting, read_config_list
 from graphprune.criteria import CRITERIA
 from graphprune.errors import ConfigError
 from graphprune.evidence import ACTIVATIONS, NOTHING, Evidence, Observer, put_back
-from graphprune.finding import MaskFinder
-from graphprune.fit import fit
-from graphprune.learned import Movement, Weights, admm, movement, slim
-from graphprune.optimizer import Moved, follow
-from graphprune.options import Options
+from graphprune.pruners.finding import MaskFinder
+from graphprune.pruners.learned import Movement, Weights, admm, movement, slim
+from graphprune.pruners.options import Options
+from graphprune.pruners.sparsify import Masks, by_layer, element_masks
 from graphprune.select import Selection
-from graphprune.sparsify import Masks, by_layer, element_masks
 from graphprune.training import Training
+from graphprune.training.fit import fit
+from graphprune.training.optimizer import Moved, follow
 from speedup.analysis import Analysis
 from speedup.inputs import ExampleInputs
 from speedup.masking import attach_masks, attached_masks, flat_masks

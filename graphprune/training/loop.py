@@ -14,8 +14,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import ConfigError, TrainingError
-from graphprune.loss import Criterion, Penalty, Regularised, Watched, check_loss, own_loss, regularised
-from graphprune.optimizer import Shrunken, follow, follow_schedule
+from graphprune.training.loss import Criterion, Penalty, Regularised, Watched, check_loss, own_loss, regularised
+from graphprune.training.optimizer import Shrunken, follow, follow_schedule
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 MakeSchedule = Callable[[Optimizer], LRScheduler]
@@ -134,7 +134,7 @@ class Training:
         """Returns the training of a shrunk model: an optimizer of ``model`` and its schedule follow, functions stay.
 
         Raises:
-            ConfigError: As :func:`~graphprune.optimizer.follow`.
+            ConfigError: As :func:`~graphprune.training.optimizer.follow`.
         """
         if not isinstance(self.optimizer, Optimizer):
             return self

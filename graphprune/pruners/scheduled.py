@@ -8,12 +8,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from graphprune.algorithms import Pruner
 from graphprune.errors import ConfigError
-from graphprune.options import Options
-from graphprune.rounds import Task, Work, best_of, in_rounds
+from graphprune.pruners.algorithms import Pruner
+from graphprune.pruners.options import Options
+from graphprune.pruners.rounds import Task, Work, best_of, in_rounds
+from graphprune.pruners.sparsify import Masks
 from graphprune.schedule import SCHEDULES, at_epoch, at_round
-from graphprune.sparsify import Masks
 
 
 class ScheduledPruner:
@@ -51,7 +51,7 @@ class ScheduledPruner:
         Args:
             model: Any module.
             config_list: Which layers, and how much of each in the end.
-            pruning_algorithm: A name in :data:`~graphprune.algorithms.ALGORITHMS`.
+            pruning_algorithm: A name in :data:`~graphprune.pruners.algorithms.ALGORITHMS`.
             total_iteration: Rounds; None if the user's loop drives it.
             finetuner: ``finetuner(model)`` trains the model of a round in place.
             speedup: Whether the model becomes physically smaller after each round.

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphprune.algorithms import Pruner
 from graphprune.config_list import Setting
 from graphprune.errors import ConfigError
-from graphprune.fit import evaluated
+from graphprune.pruners.algorithms import Pruner
+from graphprune.pruners.sparsify import Masks, by_layer, outputs_along, weight_names
 from graphprune.schedule import Schedule, at_round
-from graphprune.sparsify import Masks, by_layer, outputs_along, weight_names
+from graphprune.training.fit import evaluated
 from speedup.inputs import ExampleInputs
 from speedup.masking import attach_masks, flat_masks, without_masks
 from speedup.masks import ModelSpeedup

@@ -1,0 +1,1 @@
+"""Models larger than the memory: a folder of safetensors in, a smaller one out, tensor by tensor."""
