@@ -1,23 +1,25 @@
 """Every algorithm at work on one network: pruned, trained again, and what it comes to. `RUNS` is the table of them."""
 
 import copy
-import itertools
-import math
+import functools
 import operator
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from training_setup import BATCHES, Setup
 
 from graphprune.budget import cost
+from graphprune.fit import evaluated
 from graphprune.pruners import (
     ActivationAPoZRankPruner,
     ActivationMeanRankPruner,
     ADMMPruner,
     AGPPruner,
+    AMCPruner,
+    AutoCompressPruner,
     BasicPruner,
     FPGMPruner,
     L1NormPruner,
@@ -26,134 +28,21 @@ from graphprune.pruners import (
     LinearPruner,
     LotteryTicketPruner,
     MovementPruner,
+    NetAdaptPruner,
     RandomPruner,
+    SensitivityPruner,
+    SimulatedAnnealingPruner,
     SlimPruner,
     TaylorFOWeightPruner,
 )
-from graphprune.pruners.scheduled import ScheduledPruner
+from graphprune.scheduled import ScheduledPruner
+from graphprune.searched import SearchPruner
 from graphprune.training import Training
-from graphprune.training.fit import evaluated, fit
 from speedup import ModelSpeedup
 from speedup.capture import capture
 from speedup.masking import attached_masks, without_masks
 
 SPARSITY = 0.5
-BATCHES = 20
-"""Of which activations or gradients are looked at."""
-
-
-@dataclass(frozen=True)
-class Shuffled:
-    """Batches in a new order each time, drawn from the generator of torch; what fills no batch is left out.
-
-    Attributes:
-        count: How many examples there are.
-        size: How many of them are a batch.
-        batch: The inputs and targets of some examples, by their numbers.
-    """
-
-    count: int
-    size: int
-    batch: Callable[[Tensor], tuple[Tensor, Tensor]]
-
-    def __len__(self) -> int:
-        return self.count // self.size
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return map(self.batch, torch.randperm(self.count).split(self.size)[: len(self)])
-
-
-@dataclass(frozen=True)
-class OneCycle:
-    """A trainer whose learning rate rises for a fifth of all steps and then falls to zero as a cosine.
-
-    Attributes:
-        data: The batches of an epoch.
-        steps: How many of them an epoch takes.
-        epochs: After how many epochs the rate is zero.
-        rate: The largest rate.
-        autocast: Whether the model runs in bfloat16 where that is safe; its weights stay in single precision.
-    """
-
-    data: Iterable[tuple[Tensor, Tensor]]
-    steps: int
-    epochs: int
-    rate: float
-    autocast: bool
-
-    def __call__(self, model: nn.Module, optimizer: torch.optim.Optimizer, criterion: Any, epoch: int) -> None:
-        """Trains for one epoch."""
-        for step, (inputs, targets) in enumerate(itertools.islice(self.data, self.steps)):
-            passed = (epoch * self.steps + step + 0.5) / (self.epochs * self.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = self.rate * cycle(passed)
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-                outputs = model(inputs)
-            optimizer.zero_grad()
-            criterion(outputs.float(), targets).backward()
-            optimizer.step()
-
-
-def cycle(passed: float) -> float:
-    """The share of the largest rate when so much of all steps has passed."""
-    return passed / 0.2 if passed < 0.2 else (1 + math.cos(math.pi * (passed - 0.2) / 0.8)) / 2
-
-
-@dataclass(frozen=True)
-class Setup:
-    """With what every algorithm works.
-
-    Attributes:
-        data: The batches of an epoch.
-        evaluate: The accuracy of a model in percent.
-        example_inputs: Of the model.
-        epochs: How long a pruned model is trained, over all rounds of a schedule.
-        learning: How long algorithms that learn train before.
-        rate: Largest learning rate.
-        seed: Of everything that is random.
-        autocast: As in :class:`OneCycle`.
-        layout: How weights lie in memory while they are trained.
-    """
-
-    data: Shuffled
-    evaluate: Callable[[nn.Module], float]
-    example_inputs: Tensor
-    epochs: int
-    learning: int = 2
-    rate: float = 0.05
-    seed: int = 0
-    autocast: bool = False
-    layout: torch.memory_format = torch.contiguous_format
-
-    def training(self, epochs: int, *, rate: float | None = None, steps: int | None = None) -> Training:
-        """SGD with momentum for so many epochs of one cycle."""
-        trainer = OneCycle(
-            self.data,
-            len(self.data) if steps is None else min(steps, len(self.data)),
-            epochs,
-            self.rate if rate is None else rate,
-            self.autocast,
-        )
-        return Training(trainer, sgd, nn.functional.cross_entropy)
-
-    def tune(self, model: nn.Module, epochs: int) -> None:
-        """Trains a pruned model in place."""
-        fit(model.to(memory_format=self.layout), self.training(epochs), epochs, seed=self.seed)
-
-    @property
-    def rounds(self) -> int:
-        """Of a schedule: four, if the epochs can be shared out between so many."""
-        return next(rounds for rounds in (4, 3, 2, 1) if self.epochs % rounds == 0)
-
-    @property
-    def round(self) -> int:
-        """The epochs of one of them."""
-        return self.epochs // self.rounds
-
-
-def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=1e-4)
-
 
 Way = Callable[[nn.Module, Setup], tuple[nn.Module, nn.Module]]
 """From a dense model, which it may change, to the pruned one before and after it was trained again."""
@@ -217,6 +106,27 @@ def in_rounds(pruner: type[ScheduledPruner], algorithm: str, entry: Values) -> W
     return way
 
 
+def searched(pruner: type[SearchPruner], entry: Values, options: Options = lambda setup: {}) -> Way:
+    """A search for widths, then training of what it has found."""
+
+    def way(model: nn.Module, setup: Setup) -> tuple[nn.Module, nn.Module]:
+        made = pruner(
+            model,
+            [entry],
+            evaluator=functools.partial(evaluated, setup.score),
+            dummy_input=setup.example_inputs,
+            seed=setup.seed,
+            **options(setup),
+        )
+        made.compress()
+        before = made.found.result.model
+        after = copy.deepcopy(before)
+        setup.tune(after, setup.epochs)
+        return before, after
+
+    return way
+
+
 def _pruner(pruner: type[BasicPruner], model: nn.Module, entry: Values, options: Options, setup: Setup) -> BasicPruner:
     return pruner(model, [entry], dummy_input=setup.example_inputs, seed=setup.seed, **options(setup))
 
@@ -249,6 +159,25 @@ def moving(setup: Setup) -> dict[str, Any]:
     return {**_loop(setup.training(setup.learning)), "training_epochs": setup.learning, **warm_up}
 
 
+def in_two_rounds(setup: Setup) -> dict[str, Any]:
+    return {"finetuner": setup.touch, "sparsity_per_iter": SPARSITY / 2, "acc_drop_threshold": 5.0}
+
+
+def step_by_step(setup: Setup) -> dict[str, Any]:
+    return {"short_term_fine_tuner": setup.touch, "sparsity_per_iteration": SPARSITY / 5, "resource": "macs"}
+
+
+def cooled_early(setup: Setup) -> dict[str, Any]:
+    """Two rounds of annealing and ADMM, which trains in all for as long as others that learn."""
+    admm = {"admm_num_iterations": 1, "admm_training_epochs": setup.learning // 2, "row": 4 / len(setup.data)}
+    return {**_loop(setup.training(setup.learning // 2)), "num_iterations": 2, "stop_temperature": 50, **admm}
+
+
+def by_an_agent(setup: Setup) -> dict[str, Any]:
+    """Fewer episodes than the paper's 800, and multiples that suit layers of 16 channels."""
+    return {"flops_ratio": SPARSITY, "train_episode": 60, "warmup": 15, "channel_round": 4}
+
+
 def _loop(training: Training) -> dict[str, Any]:
     return {"trainer": training.trainer, "optimizer": training.optimizer, "criterion": training.criterion}
 
@@ -261,7 +190,8 @@ class Run:
         way: What is done.
         how: The same in words.
         learns: How many epochs are spent on what is to go, and not kept as training of what stays.
-        kind: ``channels`` if half of each layer's channels go, ``ranked`` if layers are ranked together, ``elements``.
+        kind: ``channels`` if half of each layer's channels go, ``ranked`` if layers are ranked together, ``elements``, or
+            ``searched``.
     """
 
     way: Way
@@ -313,8 +243,22 @@ SCHEDULED: Mapping[str, Run] = {
     ),
 }
 
-SEARCHED: Mapping[str, Run] = {}
-"""Widths that a search finds."""
+SEARCHED: Mapping[str, Run] = {
+    "sensitivity": Run(
+        searched(SensitivityPruner, CHANNELS, in_two_rounds), "more of layers that bear it, two rounds", kind="searched"
+    ),
+    "annealing": Run(searched(SimulatedAnnealingPruner, CHANNELS), "widths by annealing", kind="searched"),
+    "netadapt": Run(
+        searched(NetAdaptPruner, CHANNELS, step_by_step), "the layer that bears it best, step by step", kind="searched"
+    ),
+    "autocompress": Run(
+        searched(AutoCompressPruner, CHANNELS, cooled_early),
+        "annealing and ADMM, two rounds",
+        learns=LEARNING,
+        kind="searched",
+    ),
+    "amc": Run(searched(AMCPruner, {"op_types": ["Conv2d"]}, by_an_agent), "an agent, 60 episodes", kind="searched"),
+}
 
 RUNS: Mapping[str, Run] = {**AT_ONCE, **LEARNED, **SCHEDULED, **SEARCHED}
 

@@ -14,8 +14,9 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "models")]
 
-from algorithms_table import BATCHES, LEARNED, RUNS, SCHEDULED, OneCycle, Result, Setup, Shuffled, cycle, result  # noqa: E402
+from algorithms_table import LEARNED, RUNS, SCHEDULED, SEARCHED, Result, result  # noqa: E402
 from digits import DigitsNet, build_model, evaluate, example_inputs, load_split  # noqa: E402
+from training_setup import BATCHES, OneCycle, Setup, Shuffled, cycle  # noqa: E402
 
 from speedup.masking import attached_masks  # noqa: E402
 
@@ -26,7 +27,11 @@ CONVOLUTIONS = ("conv1", "conv2", "conv3")
 def setup(epochs: int, learning: int, seed: int = 0) -> Setup:
     images, labels, _, _ = load_split()
     data = Shuffled(len(labels), 64, lambda index: (images[index], labels[index]))
-    return Setup(data, evaluate, example_inputs(), epochs, learning=learning, seed=seed)
+
+    def score(model: torch.nn.Module) -> float:
+        return 100 * (model(images[:500]).argmax(1) == labels[:500]).float().mean().item()
+
+    return Setup(data, evaluate, score, example_inputs(), epochs, learning=learning, seed=seed)
 
 
 @functools.cache
@@ -39,12 +44,14 @@ def weights(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SEARCHED else []) for name in RUNS]
+)
 def test_an_algorithm_at_half(name: str) -> None:
     one, kind = found(name), RUNS[name].kind
     dense, half = weights(DigitsNet()), weights(DigitsNet(16))
     assert one.params[0] == dense and one.dense > 99 and one.seconds > 0
-    assert one.epochs == (16 if name in LEARNED else 4 if name == "lottery-l1" else 0, 4)
+    assert one.epochs == ({**dict.fromkeys([*LEARNED, "autocompress"], 16), "lottery-l1": 4}.get(name, 0), 4)
     if kind == "channels":
         assert [getattr(one.model, layer).out_channels for layer in CONVOLUTIONS] == [16, 32, 64]
         assert one.params[1] == half == weights(one.model) and one.macs[1] < 0.26 * one.macs[0]
@@ -52,6 +59,10 @@ def test_an_algorithm_at_half(name: str) -> None:
         widths = [getattr(one.model, layer).out_channels for layer in CONVOLUTIONS]
         assert widths != [16, 32, 64] and min(widths) >= 6  # no layer loses more than 80 %
         assert 0.1 * dense < one.params[1] == weights(one.model) < 0.6 * dense
+    elif kind == "searched":
+        assert 0.1 * dense < one.params[1] == weights(one.model) < 0.7 * dense and one.macs[1] < 0.7 * one.macs[0]
+        assert one.pruned > 75  # candidates were looked at
+        assert one.macs[1] <= 0.5 * one.macs[0] or name not in ("netadapt", "amc")
     else:
         masks = attached_masks(one.model)
         sizes = [getattr(one.model, layer).weight.numel() for layer in CONVOLUTIONS]
@@ -72,7 +83,7 @@ def test_lottery_tickets_begin_again() -> None:
 
 
 def test_every_run_is_of_one_kind() -> None:
-    assert {run.kind for run in RUNS.values()} == {"channels", "ranked", "elements"}
+    assert {run.kind for run in RUNS.values()} == {"channels", "ranked", "elements", "searched"}
     assert LEARNED.keys() | SCHEDULED.keys() < RUNS.keys()
 
 
