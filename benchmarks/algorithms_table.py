@@ -168,9 +168,11 @@ def step_by_step(setup: Setup) -> dict[str, Any]:
 
 
 def cooled_early(setup: Setup) -> dict[str, Any]:
-    """Two rounds of annealing and ADMM, which trains in all for as long as others that learn."""
-    admm = {"admm_num_iterations": 1, "admm_training_epochs": setup.learning // 2, "row": 4 / len(setup.data)}
-    return {**_loop(setup.training(setup.learning // 2)), "num_iterations": 2, "stop_temperature": 50, **admm}
+    """Rounds of annealing and ADMM, which train in all for as long as others that learn."""
+    rounds = 1 if setup.learning % 2 else 2
+    epochs = setup.learning // rounds
+    admm = {"admm_num_iterations": 1, "admm_training_epochs": epochs, "row": 4 / len(setup.data)}
+    return {**_loop(setup.training(epochs)), "num_iterations": rounds, "stop_temperature": 50, **admm}
 
 
 def by_an_agent(setup: Setup) -> dict[str, Any]:
@@ -253,7 +255,7 @@ SEARCHED: Mapping[str, Run] = {
     ),
     "autocompress": Run(
         searched(AutoCompressPruner, CHANNELS, cooled_early),
-        "annealing and ADMM, two rounds",
+        "rounds of annealing and ADMM",
         learns=LEARNING,
         kind="searched",
     ),
