@@ -1,7 +1,7 @@
 """Masks made elsewhere -> a shrunk model: what a user of NNI's speedup expects."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -131,9 +131,13 @@ class ModelSpeedup:
     def _count_reconciled(self) -> dict[str, int]:
         found = {}
         for name, mask in self._masks.items():
-            for dim, classes in _produced_axes(self._analysis, name):
-                gone = ~mask.any(axis=tuple(d for d in range(mask.ndim) if d != dim))
-                found[name] = int(self._live[classes[gone]].sum())
+            for dims, classes in _produced_axes(self._analysis, name):
+                gone = ~_along(mask, dims)
+                if len(dims) > 1:
+                    kept = self._live & _all_of(classes.reshape(-1), gone.reshape(-1), len(self._live))
+                    found[name] = int(kept.sum())
+                else:
+                    found[name] = int(self._live[classes[gone]].sum())
         return found
 
 
@@ -148,12 +152,21 @@ def _output_difference(dense: nn.Module, small: nn.Module, captured: Captured) -
     return max((relative_difference(one.double(), other.double()) for one, other in pairs), default=0.0)
 
 
-def _produced_axes(analysis: Analysis, name: str) -> list[tuple[int, Index]]:
-    """The dimensions of a parameter whose channels its operator produces, with their classes."""
+def _produced_axes(analysis: Analysis, name: str) -> list[tuple[tuple[int, ...], Index]]:
+    """The dimensions of a parameter whose channels its operator produces, with their classes in that shape.
+
+    They are two for a grouped transposed convolution: its inputs say to which group an output belongs.
+    """
     canonical = analysis.aliases.get(name, name)
-    planes = [plane for plane in analysis.parameters[canonical].planes if len(support(plane)) == 1]
-    found = ((support(plane)[0], analysis.classes.plane(plane)) for plane in planes)
-    return [(dim, classes) for dim, classes in found if analysis.produces(canonical, classes)]
+    planes = [plane for plane in analysis.parameters[canonical].planes if support(plane)]
+    found = ((support(plane), analysis.classes.plane(plane)) for plane in planes)
+    return [(dims, classes) for dims, classes in found if analysis.produces(canonical, classes)]
+
+
+def _along(mask: Mask, dims: Sequence[int]) -> Mask:
+    """Which indices of some dimensions a mask leaves something of."""
+    alive: Mask = np.asarray(mask.any(axis=tuple(d for d in range(mask.ndim) if d not in dims)))
+    return alive
 
 
 def _produced(analysis: Analysis, masks: Mapping[str, Mask]) -> Mask:
@@ -167,12 +180,12 @@ def _produced(analysis: Analysis, masks: Mapping[str, Mask]) -> Mask:
     silenced = Silenced(analysis, canonical)
     for name, labels in analysis.parameters.items():
         carried, masked = np.zeros_like(kept), np.zeros_like(kept)  # of what feeds back a weight has both ends
-        for dim, classes in _produced_axes(analysis, name) if len(labels.shape) > 1 or name in canonical else ():
+        for dims, classes in _produced_axes(analysis, name) if len(labels.shape) > 1 or name in canonical else ():
             mask = canonical.get(name)
-            others = tuple(d for d in range(len(labels.shape)) if d != dim)
-            alive: Mask = np.ones(len(classes), dtype=np.bool_) if mask is None else np.asarray(mask.any(axis=others))
+            alive: Mask = np.ones(classes.shape, dtype=np.bool_) if mask is None else _along(mask, dims)
+            gone = ~alive | silenced.of(name, classes)
             carried[classes] = True
-            masked |= _all_of(classes, ~alive | silenced.of(name, classes), len(masked))
+            masked |= _all_of(classes.reshape(-1), gone.reshape(-1), len(masked))
         if len(labels.shape) > 1:
             kept |= carried & ~masked
         dropped |= masked

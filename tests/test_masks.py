@@ -114,3 +114,40 @@ def test_what_a_shuffle_takes_in_turns_comes_back() -> None:
 def test_masks_that_fit_nothing(masks: Any, message: str) -> None:
     with pytest.raises(SpeedupError, match=message):
         ModelSpeedup(net(), image(), masks)
+
+
+def test_of_a_grouped_transposed_convolution_an_output_goes_with_all_inputs_of_its_group() -> None:
+    def build() -> nn.Sequential:
+        torch.manual_seed(0)
+        layer = nn.ConvTranspose2d(4, 6, 2, groups=2)
+        return nn.Sequential(conv(3, 4, 1), layer, nn.PReLU(6), nn.Conv2d(6, 2, 1))
+
+    def weight(masks: dict[str, Tensor]) -> tuple[ModelSpeedup, Any]:
+        speedup = ModelSpeedup(build(), image(), masks)
+        small: Any = speedup.speedup_model()
+        assert speedup.difference is not None and speedup.difference < 1e-5
+        torch.testing.assert_close(small(image()), masked(build(), masks)(image()), rtol=1e-4, atol=1e-5)
+        return speedup, small[1].weight.shape
+
+    masks = {"1.weight": torch.ones(4, 3, 2, 2), "1.bias": torch.ones(6), "2.weight": torch.ones(6)}
+    masks["1.bias"][[0, 4]] = masks["2.weight"][[0, 4]] = 0  # which says nothing of what is convolved
+    speedup, shape = weight(masks)
+    assert shape == (4, 3, 2, 2) and speedup.reconciled == {"1.weight": 0, "1.bias": 2, "2.weight": 2}
+    masks["1.weight"][:2, 0] = masks["1.weight"][2:, 1] = 0
+    speedup, shape = weight(masks)
+    assert shape == (4, 2, 2, 2) and set(speedup.reconciled.values()) == {0}
+    masks["1.weight"][2, 1] = 1  # an input keeps it, and its partner in the other group
+    speedup, shape = weight(masks)
+    assert shape == (4, 3, 2, 2) and speedup.reconciled == {"1.weight": 1, "1.bias": 2, "2.weight": 2}
+
+
+def test_groups_that_read_the_same_lose_the_same() -> None:
+    """Straight from the input every group keeps the same outputs; what comes after carries their labels."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.ConvTranspose2d(4, 6, 2, groups=2), nn.PReLU(6), nn.Conv2d(6, 2, 1))
+    masks = {"0.weight": torch.ones(4, 3, 2, 2), "0.bias": torch.ones(6)}
+    masks["0.weight"][:, 1] = masks["0.bias"][[1, 4]] = 0
+    speedup = ModelSpeedup(model, image(4), masks)
+    small: Any = speedup.speedup_model()
+    assert small[0].weight.shape == (4, 2, 2, 2) and small[1].num_parameters == 4
+    assert speedup.difference is not None and speedup.difference < 1e-5 and set(speedup.reconciled.values()) == {0}

@@ -178,6 +178,7 @@ def _convolved(flow: Flow, call: Call, transposed: bool) -> Labels:
         operands = [(_viewed(weight, (groups, first // groups, second)), ["g", outer, inner])]
     out = contract(flow, [(inputs, ["b", "g", "i"]), *operands], ["b", "g", "o"])
     y = _viewed(out, (batch, out.shape[1] * out.shape[2]))
+    y = Labels(y.shape, tuple(settle(plane) for plane in y.planes))  # of equal groups it is a copy
     if call.get("bias"):
         y = flow.meet([y, call["bias"]], y.shape)
     planes = [plane[(..., *(None,) * (rank - 2))] for plane in y.planes]
