@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from training_setup import BATCHES, Setup
 
 from graphprune.budget import cost
-from graphprune.fit import evaluated
 from graphprune.pruners import (
     ActivationAPoZRankPruner,
     ActivationMeanRankPruner,
@@ -35,9 +34,10 @@ from graphprune.pruners import (
     SlimPruner,
     TaylorFOWeightPruner,
 )
-from graphprune.scheduled import ScheduledPruner
-from graphprune.searched import SearchPruner
+from graphprune.pruners.scheduled import ScheduledPruner
+from graphprune.pruners.searched import SearchPruner
 from graphprune.training import Training
+from graphprune.training.fit import evaluated
 from speedup import ModelSpeedup
 from speedup.capture import capture
 from speedup.masking import attached_masks, without_masks

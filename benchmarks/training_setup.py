@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphprune.fit import fit
 from graphprune.training import Training
+from graphprune.training.fit import fit
 
 BATCHES = 20
 """Of which activations or gradients are looked at; and for which searches train a candidate."""

@@ -78,6 +78,7 @@ CASES: tuple[Case, ...] = (
     ("L1NormPruner", CONVS, ("dependency_aware", X[:2]), {}),
     ("L2NormPruner", CONVS, (), INPUTS),
     ("FPGMPruner", CONVS, (), INPUTS),
+    ("RandomPruner", CONVS, (), INPUTS),
     ("L1FilterPruner", CONVS, (True, X[:2]), {}),
     ("L2FilterPruner", CONVS, (True, X[:2]), {}),
     ("SlimPruner", NORMS, LOOP, {}),
