@@ -31,10 +31,17 @@ from graphprune.pruners.searched import (
     SensitivityPruner,
     SimulatedAnnealingPruner,
 )
+from graphprune.pruners.tasks import (
+    AGPTaskGenerator,
+    LinearTaskGenerator,
+    LotteryTicketTaskGenerator,
+    PruningScheduler,
+)
 
 __all__ = [
     "ADMMPruner",
     "AGPPruner",
+    "AGPTaskGenerator",
     "AGP_Pruner",
     "AMCPruner",
     "ActivationAPoZRankFilterPruner",
@@ -50,9 +57,12 @@ __all__ = [
     "L2NormPruner",
     "LevelPruner",
     "LinearPruner",
+    "LinearTaskGenerator",
     "LotteryTicketPruner",
+    "LotteryTicketTaskGenerator",
     "MovementPruner",
     "NetAdaptPruner",
+    "PruningScheduler",
     "RandomPruner",
     "SensitivityPruner",
     "SimulatedAnnealingPruner",

@@ -1,0 +1,90 @@
+"""The pruning scheduler that is put together by hand does what the scheduled pruners do."""
+
+from typing import Any
+
+import pytest
+import torch
+from test_rules import conv, image
+from torch import nn
+
+from graphprune.errors import ConfigError
+from graphprune.pruners import (
+    AGPPruner,
+    AGPTaskGenerator,
+    L1NormPruner,
+    LinearPruner,
+    LinearTaskGenerator,
+    LotteryTicketPruner,
+    LotteryTicketTaskGenerator,
+    PruningScheduler,
+)
+from speedup.masking import attached_masks
+
+HALF = [{"op_types": ["Conv2d"], "sparsity": 0.5}]
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 12), nn.ReLU(), conv(12, 2)).eval()
+
+
+def nudge(model: nn.Module) -> None:
+    """A training that is the same each time."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+def size(model: nn.Module) -> float:
+    return float(sum(parameter.abs().sum() for parameter in model.parameters()))
+
+
+@pytest.mark.parametrize("speedup", [False, True])
+@pytest.mark.parametrize(
+    ("generator", "pruner", "reset"),
+    [
+        (LinearTaskGenerator, LinearPruner, False),
+        (AGPTaskGenerator, AGPPruner, False),
+        (LotteryTicketTaskGenerator, LotteryTicketPruner, True),
+    ],
+)
+def test_it_comes_to_the_same(generator: Any, pruner: Any, reset: bool, speedup: bool) -> None:
+    x, how = image(), {"finetuner": nudge, "speedup": speedup, "evaluator": size}
+    model = net()
+    tasks = generator(2, model, HALF)
+    scheduler = PruningScheduler(
+        L1NormPruner(model, HALF, dummy_input=x), tasks, dummy_input=x, reset_weight=reset, **how
+    )
+    scheduler.compress()
+    named = pruner(net(), HALF, "l1", 2, dummy_input=x, **how)
+    named.compress()
+    ours, theirs = scheduler.get_best_result(), named.get_best_result()
+    assert ours is not None and theirs is not None
+    assert ours[0] == theirs[0] and ours[3] == theirs[3] and ours[4] == theirs[4]
+    assert all(torch.equal(one, other) for one, other in zip(ours[1].parameters(), theirs[1].parameters(), strict=True))
+    assert len(scheduler.tasks) == 2 and not attached_masks(model)
+
+
+def test_masks_from_the_beginning_stay() -> None:
+    model, x = net(), image()
+    mask = torch.ones_like(model[3].weight)
+    mask[5] = 0
+    tasks = LinearTaskGenerator(1, model, [{"op_names": ["0"], "sparsity": 0.5}], {"3.weight": mask})
+    scheduler = PruningScheduler(L1NormPruner(model, HALF, dummy_input=x), tasks, dummy_input=x)
+    small, _ = scheduler.compress()
+    assert not small[3].weight[5].any() and not small[0].weight[:, 0].any(dim=(1, 2)).all()
+
+
+@pytest.mark.parametrize(
+    ("pruner", "tasks", "message"),
+    [
+        ("l1", LinearTaskGenerator(1, net(), HALF), "^pruner: is a str. Give one of graphprune.pruners.$"),
+        (None, "agp", "^pruner: is a NoneType. Give one"),
+        (L1NormPruner(net(), HALF), "agp", "^task_generator: is a str. Give one of graphprune.pruners.$"),
+        (L1NormPruner(net(), HALF), LinearTaskGenerator(0, net(), HALF), "^total_iteration 0: is no number of rounds"),
+    ],
+)
+def test_mistakes(pruner: Any, tasks: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PruningScheduler(pruner, tasks)
