@@ -22,6 +22,9 @@ from speedup.masking import attached_masks  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quiet_and_quick")
 CONVOLUTIONS = ("conv1", "conv2", "conv3")
+EPOCHS = 4
+LEARNING = {"slim": 16, "admm": 16, "autocompress": 16, "movement": 4}
+"""Epochs; 16 of them are 352 steps, about one epoch of CIFAR-10."""
 
 
 def setup(epochs: int, learning: int, seed: int = 0) -> Setup:
@@ -36,8 +39,8 @@ def setup(epochs: int, learning: int, seed: int = 0) -> Setup:
 
 @functools.cache
 def found(name: str) -> Result:
-    """What a run comes to; 16 epochs are 352 steps, about one epoch of CIFAR-10."""
-    return result(name, build_model().eval(), setup(epochs=4, learning=16))
+    """What a run comes to."""
+    return result(name, build_model().eval(), setup(EPOCHS, LEARNING.get(name, 1)))
 
 
 def weights(model: torch.nn.Module) -> int:
@@ -51,7 +54,7 @@ def test_an_algorithm_at_half(name: str) -> None:
     one, kind = found(name), RUNS[name].kind
     dense, half = weights(DigitsNet()), weights(DigitsNet(16))
     assert one.params[0] == dense and one.dense > 99 and one.seconds > 0
-    assert one.epochs == ({**dict.fromkeys([*LEARNED, "autocompress"], 16), "lottery-l1": 4}.get(name, 0), 4)
+    assert one.epochs == ({**LEARNING, "lottery-l1": EPOCHS}.get(name, 0), EPOCHS)
     if kind == "channels":
         assert [getattr(one.model, layer).out_channels for layer in CONVOLUTIONS] == [16, 32, 64]
         assert one.params[1] == half == weights(one.model) and one.macs[1] < 0.26 * one.macs[0]
