@@ -19,7 +19,6 @@ from graphprune.pruners import (
     AGPPruner,
     AMCPruner,
     AutoCompressPruner,
-    BasicPruner,
     FPGMPruner,
     L1NormPruner,
     L2NormPruner,
@@ -34,6 +33,7 @@ from graphprune.pruners import (
     SlimPruner,
     TaylorFOWeightPruner,
 )
+from graphprune.pruners.basic import BasicPruner
 from graphprune.pruners.scheduled import ScheduledPruner
 from graphprune.pruners.searched import SearchPruner
 from graphprune.training import Training

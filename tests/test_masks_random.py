@@ -78,8 +78,8 @@ def drawn_masks(analysis: Analysis, model: nn.Module, number: int) -> dict[str, 
         if name not in analysis.parameters or (parameter.dim() < 2 and rng.random() < 0.6):
             continue
         mask = torch.ones_like(parameter)
-        for dim, classes in _produced_axes(analysis, name):
-            mask.movedim(dim, 0)[torch.from_numpy(np.isin(classes, gone))] = 0
+        for dims, classes in _produced_axes(analysis, name):
+            mask.movedim(dims, tuple(range(len(dims))))[torch.from_numpy(np.isin(classes, gone))] = 0
         if not mask.all():
             masks[name] = mask
     return masks

@@ -197,7 +197,8 @@ def test_what_is_looked_at_leaves_model_and_optimizer_as_they_were(name: str) ->
 def test_every_name_of_the_manuals_is_there() -> None:
     assert {case[0] for case in CASES} | {
         "AGPPruner", "AGP_Pruner", "LinearPruner", "LotteryTicketPruner", "SimulatedAnnealingPruner", "NetAdaptPruner",
-        "AutoCompressPruner", "AMCPruner", "SensitivityPruner",
+        "AutoCompressPruner", "AMCPruner", "SensitivityPruner", "AGPTaskGenerator", "LinearTaskGenerator",
+        "LotteryTicketTaskGenerator", "PruningScheduler",
     } == set(pruners.__all__)  # fmt: skip
     for case in CASES:
         signature = inspect.signature(getattr(pruners, case[0]))

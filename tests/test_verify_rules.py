@@ -13,7 +13,7 @@ from test_verify import caught
 from torch import Tensor, nn
 
 import speedup.analysis
-import speedup.proof
+import speedup.masked
 from graphprune.criteria import CRITERIA
 from graphprune.dependency import find_dependencies
 from graphprune.evidence import Evidence
@@ -246,7 +246,7 @@ def test_a_false_rule_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     catches = 0
     for seed in range(3):
         with monkeypatch.context() as patch:
-            for module in (speedup.analysis, speedup.proof):
+            for module in (speedup.analysis, speedup.masked):
                 patch.setattr(module, "rule_for", lambda target: false.get(target) or rule_for(target))
             analysis = analyse(captured)
             live = select(find_dependencies(analysis), CRITERIA["random"](analysis, Evidence(seed)), 0.5).live
