@@ -287,7 +287,8 @@ class Pruner:
         observer, optimizer = self._observer(), training.optimizer
         state = copy.deepcopy(optimizer.state_dict()) if isinstance(optimizer, Optimizer) else None
         with put_back(self.model), observer.watching():
-            fit(self.model, replace(training, schedule=None), 1, seed=self.options.seed)
+            some = replace(training.first(self.options.training_batches), schedule=None)
+            fit(self.model, some, 1, seed=self.options.seed)
         if isinstance(optimizer, Optimizer) and state is not None:
             optimizer.load_state_dict(state)
         return observer.evidence(self.options.seed)
