@@ -15,7 +15,7 @@ from graphprune.search.agent import Agent, Step
 from graphprune.search.amc import _layer_features, _Track
 from graphprune.search.reach import reach
 
-COSTS = np.array([1.0, 8.0, 0.5, 6.0])
+COSTS = np.array([5.0, 1.0, 7.0, 2.0])
 SIZE = 40
 
 
@@ -38,11 +38,13 @@ def space() -> Space:
     return chain_space(*[SIZE] * len(COSTS))
 
 
-def test_it_learns_and_beats_uniform_shares(space: Space) -> None:
+@pytest.mark.parametrize("seed", [10, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (11, 12))])
+def test_it_learns_and_beats_uniform_shares(space: Space, seed: int) -> None:
+    """The defaults of the agent were chosen on another objective and other seeds."""
     episodes = Episodes(150, 50, decay=0.97)
-    found = amc(Trials(space, score, seed=1), 0.5, round_to=4, episodes=episodes)
+    found = amc(Trials(space, score, seed=seed), 0.5, round_to=4, episodes=episodes)
     uniform = reach(space, dict.fromkeys(space.groups, 1.0), 0.5, "macs", space.start)
-    assert found.score > value(np.array(list(uniform.values()))) + 0.05
+    assert found.score > value(np.array(list(uniform.values()))) + 0.02
     scores = [evaluation.score for evaluation in found.history]
     assert len(scores) == 150 and np.mean(scores[-10:]) > np.mean(scores[:50]) + 0.2
     for evaluation in found.history:
