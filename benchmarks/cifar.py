@@ -1,6 +1,6 @@
 """Writes docs/results.md: ResNet-20 on CIFAR-10, pruned to half by every algorithm and trained again for some epochs.
 
-    python benchmarks/cifar.py --data FOLDER [--only NAME ...] [--out docs/results.md] [--epochs 8] [--seed 0]
+    python benchmarks/cifar.py --data FOLDER [--only NAME ...] [--out docs/results.md] [--jobs 2] [--epochs 8] [--seed 0]
 
 FOLDER holds ``cifar10/`` (see cifar_data.py) and ``resnet20_cifar10.safetensors``. Each run is a process of its own.
 A page that is there keeps its other rows; each row says how it was trained. Needs pillow.
@@ -8,8 +8,10 @@ A page that is there keeps its other rows; each row says how it was trained. Nee
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,7 @@ def row(name: str, given: argparse.Namespace) -> dict[str, Any]:
     from algorithms_table import RUNS, result
     from training_setup import Setup, Shuffled
 
+    torch.set_num_threads(given.threads)
     images, labels = cifar_data.load(given.data / "cifar10", "train")
     images, labels = images[: given.images], labels[: given.images]
     tested = cifar_data.load(given.data / "cifar10", "test")
@@ -130,10 +133,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--float32", action="store_true", help="train without autocast to bfloat16")
     parser.add_argument("--seconds", type=int, default=3600, help="limit of a run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, help="of each run; the cores shared out among them, if left out")
     parser.add_argument("--row", help="one run, as JSON")
     given = parser.parse_args()
     if unknown := [name for name in given.only if name not in RUNS]:
         parser.error(f"--only {unknown[0]}: is no run. Use some of {', '.join(RUNS)}.")
+    if given.threads is None:
+        given.threads = max(1, len(os.sched_getaffinity(0)) // max(1, given.jobs))
+    if min(given.jobs, given.threads) < 1:
+        parser.error("there is nothing to run with: use one job or more, and one thread or more.")
     if min(given.epochs, given.learning) < 1 or given.images < SIZE:
         parser.error(f"there is nothing to train with: use one epoch or more, and {SIZE} images or more.")
     return given
@@ -148,18 +157,23 @@ def main() -> None:
         return
     check(given.data)
     rows = page.read(given.out, HEAD, KEYS) if given.out and given.out.is_file() else {}
-    passed = [f"--{name}={getattr(given, name)}" for name in ("data", "epochs", "learning", "images", "seed")]
+    passed = [f"--{name}={getattr(given, name)}" for name in ("data", "epochs", "learning", "images", "seed", "threads")]
     failed = []
-    for name in given.only or RUNS:
-        words = [*passed, f"--row={name}", *(["--float32"] if given.float32 else [])]
-        found = own_process.run(__file__, words, given.seconds)
-        print(name, found, flush=True)
-        if isinstance(found, str):
-            failed.append(name)
-            continue
-        rows[name] = found
-        if given.out:
-            page.write(given.out, markdown(rows))
+    with ThreadPoolExecutor(given.jobs) as pool:
+        words = [*passed, *(["--float32"] if given.float32 else [])]
+        started = {
+            pool.submit(own_process.run, __file__, [*words, f"--row={name}"], given.seconds): name
+            for name in given.only or RUNS
+        }
+        for done in as_completed(started):
+            name, found = started[done], done.result()
+            print(name, found, flush=True)
+            if isinstance(found, str):
+                failed.append(name)
+                continue
+            rows[name] = found
+            if given.out:
+                page.write(given.out, markdown(rows))
     if failed:
         raise SystemExit(f"{', '.join(failed)}: without a result; what the page said of them before stays.")
 

@@ -144,6 +144,8 @@ def test_a_page_is_written_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch, 
         (["--only", "l3"], "--only l3: is no run. Use some of random, l1"),
         (["--epochs", "0"], "nothing to train with"),
         (["--images", "100"], "nothing to train with"),
+        (["--jobs", "0"], "nothing to run with"),
+        (["--threads", "0"], "nothing to run with"),
     ],
 )
 def test_wrong_words(
