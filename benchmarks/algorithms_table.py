@@ -297,7 +297,7 @@ def result(name: str, model: nn.Module, setup: Setup) -> Result:
     before, after = run.way(copy.deepcopy(model).to(memory_format=setup.layout), setup)
     seconds = time.perf_counter() - start
     dense, pruned, tuned = (evaluated(setup.evaluate, one) for one in (model, before, after))
-    (dense_macs, dense_params), (macs, params) = (_size(one, setup.example_inputs) for one in (model, after))
+    (dense_macs, dense_params), (macs, params) = (size(one, setup.example_inputs) for one in (model, after))
     return Result(
         macs=(dense_macs, macs),
         params=(dense_params, params),
@@ -310,7 +310,8 @@ def result(name: str, model: nn.Module, setup: Setup) -> Result:
     )
 
 
-def _size(model: nn.Module, example_inputs: Tensor) -> tuple[int, int]:
+def size(model: nn.Module, example_inputs: Tensor) -> tuple[int, int]:
+    """Multiply-accumulates of one example, and the parameters that are not masked."""
     captured = capture(without_masks(model), example_inputs)
     masked = sum(int((mask == 0).sum()) for mask in attached_masks(model).values())
     found = cost(captured.graph_module, captured)

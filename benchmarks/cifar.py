@@ -157,7 +157,9 @@ def main() -> None:
         return
     check(given.data)
     rows = page.read(given.out, HEAD, KEYS) if given.out and given.out.is_file() else {}
-    passed = [f"--{name}={getattr(given, name)}" for name in ("data", "epochs", "learning", "images", "seed", "threads")]
+    passed = [
+        f"--{name}={getattr(given, name)}" for name in ("data", "epochs", "learning", "images", "seed", "threads")
+    ]
     failed = []
     with ThreadPoolExecutor(given.jobs) as pool:
         words = [*passed, *(["--float32"] if given.float32 else [])]

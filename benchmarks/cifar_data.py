@@ -37,7 +37,8 @@ def load(folder: Path, part: str) -> tuple[Tensor, Tensor]:
 
 def normalised(images: Tensor) -> Tensor:
     """Images as the network wants them, shape (images, 3, 32, 32), channels last in memory."""
-    return images.float().sub_(255 * MEAN).div_(255 * STD).permute(0, 3, 1, 2)
+    mean, std = MEAN.to(images.device), STD.to(images.device)
+    return images.float().sub_(255 * mean).div_(255 * std).permute(0, 3, 1, 2)
 
 
 def padded(images: Tensor) -> Tensor:
@@ -49,26 +50,30 @@ def cropped(images: Tensor, index: Tensor, down: Tensor, right: Tensor, flipped:
     """Crops of some padded images: ``y[b, i, j] = x[index[b], down[b] + i, right[b] + (31 - j if flipped[b] else j)]``.
 
     Args:
-        images: With their margin, shape (all images, 40, 40, 3).
+        images: With their margin, shape (all images, 40, 40, 3), on the device of the other arguments.
         index: Which images, shape (images,); the other arguments have one number for each of them.
         down: How far from the top.
         right: How far from the left.
         flipped: Whether left and right change places.
     """
-    steps = torch.arange(SIDE)
+    steps = torch.arange(SIDE, device=images.device)
     rows = down[:, None] + steps
     columns = right[:, None] + torch.where(flipped[:, None], steps.flip(0), steps)
     return images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def augmented(images: Tensor, labels: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """From numbers of training images to a batch of random crops, half of them flipped, and its labels."""
+    """From numbers of training images to a batch of random crops, half of them flipped, and its labels.
+
+    What is random is drawn on the CPU, whatever the device of the images.
+    """
     large = padded(images)
 
     def batch(index: Tensor) -> tuple[Tensor, Tensor]:
         down, right = torch.randint(0, 2 * MARGIN + 1, (2, len(index)))
         flipped = torch.rand(len(index)) < 0.5
-        return normalised(cropped(large, index, down, right, flipped)), labels[index]
+        index, *where = (one.to(images.device, non_blocking=True) for one in (index, down, right, flipped))
+        return normalised(cropped(large, index, *where)), labels[index]
 
     return batch
 
@@ -79,9 +84,9 @@ def accuracy(images: Tensor, labels: Tensor, size: int = 500) -> Callable[[nn.Mo
     def evaluate(model: nn.Module) -> float:
         with torch.no_grad():
             correct = sum(
-                int((model(normalised(batch)).argmax(1) == classes).sum())
+                (model(normalised(batch)).argmax(1) == classes).sum()
                 for batch, classes in zip(images.split(size), labels.split(size), strict=True)
             )
-        return 100 * correct / len(labels)
+        return 100 * int(correct) / len(labels)
 
     return evaluate

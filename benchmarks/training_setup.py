@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class OneCycle:
             passed = (epoch * self.steps + step + 0.5) / (self.epochs * self.steps)
             for group in optimizer.param_groups:
                 group["lr"] = self.rate * cycle(passed)
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.autocast):
                 outputs = model(inputs)
             optimizer.zero_grad()
             criterion(outputs.float(), targets).backward()
@@ -85,6 +86,7 @@ class Setup:
         epochs: How long a pruned model is trained, over all rounds of a schedule.
         learning: How long algorithms that learn train before.
         rate: Largest learning rate.
+        decay: Of weights.
         seed: Of everything that is random.
         autocast: As in :class:`OneCycle`.
         layout: How weights lie in memory while they are trained.
@@ -97,6 +99,7 @@ class Setup:
     epochs: int
     learning: int = 2
     rate: float = 0.05
+    decay: float = 1e-4
     seed: int = 0
     autocast: bool = False
     layout: torch.memory_format = torch.contiguous_format
@@ -110,7 +113,7 @@ class Setup:
             self.rate if rate is None else rate,
             self.autocast,
         )
-        return Training(trainer, sgd, nn.functional.cross_entropy)
+        return Training(trainer, partial(sgd, decay=self.decay), nn.functional.cross_entropy)
 
     def tune(self, model: nn.Module, epochs: int) -> None:
         """Trains a pruned model in place."""
@@ -132,5 +135,5 @@ class Setup:
         return self.epochs // self.rounds
 
 
-def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=1e-4)
+def sgd(parameters: list[nn.Parameter], decay: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=decay)
