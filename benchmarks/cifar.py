@@ -1,6 +1,6 @@
 """Writes docs/results.md: ResNet-20 on CIFAR-10, pruned to half by every algorithm and trained again for some epochs.
 
-    python benchmarks/cifar.py --data FOLDER [--only NAME ...] [--out docs/results.md] [--jobs 2] [--epochs 8] [--seed 0]
+    python benchmarks/cifar.py --data FOLDER [--only NAME ...] [--out docs/results.md] [--jobs 2] [--epochs 4] [--seed 0]
 
 FOLDER holds ``cifar10/`` (see cifar_data.py) and ``resnet20_cifar10.safetensors``. Each run is a process of its own.
 A page that is there keeps its other rows; each row says how it was trained. Needs pillow.
@@ -11,7 +11,6 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +126,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help=f"some of {', '.join(RUNS)}")
     parser.add_argument("--out", type=Path, help="the page; printed only, if left out")
-    parser.add_argument("--epochs", type=int, default=8, help="of training after pruning")
+    parser.add_argument("--epochs", type=int, default=4, help="of training after pruning")
     parser.add_argument("--learning", type=int, default=2, metavar="EPOCHS", help="of algorithms that learn")
     parser.add_argument("--images", type=int, default=50_000, help="how many training images are used")
     parser.add_argument("--seed", type=int, default=0)
@@ -161,21 +160,16 @@ def main() -> None:
         f"--{name}={getattr(given, name)}" for name in ("data", "epochs", "learning", "images", "seed", "threads")
     ]
     failed = []
-    with ThreadPoolExecutor(given.jobs) as pool:
-        words = [*passed, *(["--float32"] if given.float32 else [])]
-        started = {
-            pool.submit(own_process.run, __file__, [*words, f"--row={name}"], given.seconds): name
-            for name in given.only or RUNS
-        }
-        for done in as_completed(started):
-            name, found = started[done], done.result()
-            print(name, found, flush=True)
-            if isinstance(found, str):
-                failed.append(name)
-                continue
-            rows[name] = found
-            if given.out:
-                page.write(given.out, markdown(rows))
+    words = [*passed, *(["--float32"] if given.float32 else [])]
+    runs = {name: [*words, f"--row={name}"] for name in given.only or RUNS}
+    for name, found in own_process.side_by_side(__file__, runs, given.seconds, given.jobs):
+        print(name, found, flush=True)
+        if isinstance(found, str):
+            failed.append(name)
+            continue
+        rows[name] = found
+        if given.out:
+            page.write(given.out, markdown(rows))
     if failed:
         raise SystemExit(f"{', '.join(failed)}: without a result; what the page said of them before stays.")
 

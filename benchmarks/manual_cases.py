@@ -14,7 +14,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -33,6 +32,12 @@ SIZE = 128
 SCORED = 2000
 SEEDS = 5
 """Of the small network, whose accuracy is a mean."""
+PRUNED_A: Mapping[str, Any] = {
+    "op_types": ["Conv2d"],
+    "op_names": [f"feature.{place}" for place in (0, 24, 27, 30, 34, 37, 40)],
+    "sparsity": 0.5,
+}
+"""The first convolution of VGG-16 and those of 512 channels."""
 
 Row = dict[str, str]
 Rows = Iterator[tuple[str, Row]]
@@ -58,9 +63,7 @@ def vgg16_l1(given: argparse.Namespace) -> Rows:
 
     from graphprune.pruners import L1NormPruner
 
-    layers = [f"feature.{place}" for place in (0, 24, 27, 30, 34, 37, 40)]
-    way = at_once(L1NormPruner, {"op_types": ["Conv2d"], "op_names": layers, "sparsity": 0.5})
-    yield from _vgg(vgg16_cifar, way, given)
+    yield from _vgg(vgg16_cifar, at_once(L1NormPruner, PRUNED_A), given)
 
 
 def vgg19_slim(given: argparse.Namespace) -> Rows:
@@ -346,22 +349,15 @@ def main() -> None:
     names = ("data", "device", "epochs", "learning", "again", "episodes", "images", "seed", "threads")
     words = [f"--{name}={getattr(given, name)}" for name in names]
     failed = []
-    with ThreadPoolExecutor(given.jobs) as pool:
-        started = {
-            pool.submit(own_process.run, __file__, [*words, f"--case={name}"], given.seconds): name
-            for name in given.only or CASES
-        }
-        for done in as_completed(started):
-            name, found = started[done], done.result()
-            if isinstance(found, str):
-                print(name, found, flush=True)
-                failed.append(name)
-                continue
-            rows = {old: row for old, row in rows.items() if old.partition(" ")[0] != name} | found
-            for which, row in found.items():
-                print(which, row, flush=True)
-            if given.out:
-                page.write(given.out, markdown(rows))
+    runs = {name: [*words, f"--case={name}"] for name in given.only or CASES}
+    for name, found in own_process.side_by_side(__file__, runs, given.seconds, given.jobs):
+        print(name, found, flush=True)
+        if isinstance(found, str):
+            failed.append(name)
+            continue
+        rows = {old: row for old, row in rows.items() if old.partition(" ")[0] != name} | found
+        if given.out:
+            page.write(given.out, markdown(rows))
     if failed:
         raise SystemExit(f"{', '.join(failed)}: without a result; what the page said of them before stays.")
 

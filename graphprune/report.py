@@ -4,7 +4,7 @@ import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -101,9 +101,16 @@ def versions() -> dict[str, str]:
     packages = ("graphprune", "torch", "onnx", "onnxruntime", "onnxscript", "numpy", "scipy", "networkx", "safetensors")
     return {
         "python": platform.python_version(),
-        **{name: version(name) for name in packages},
+        **{name: _version(name) for name in packages},
         "torch": torch.__version__,
     }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # used from a folder of sources
+        return "not installed"
 
 
 def _parts(captured: Captured) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import graphprune
+import graphprune.report
 from graphprune import folder as files
 from graphprune.audit import audit
 from graphprune.blueprint import Blueprint
@@ -122,6 +124,14 @@ def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     with torch.no_grad():
         found = model.eval()(*args, **kwargs)
     return list(found.values()) if isinstance(found, dict) else [found]
+
+
+def test_a_folder_of_sources_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(graphprune.report, "version", missing)
+    assert graphprune.report.versions()["graphprune"] == "not installed"
 
 
 @pytest.mark.parametrize("name", MODELS)
