@@ -37,6 +37,12 @@ def training():
 """
 )
 
+TWO = LEARNS.replace(
+    "self.head = nn.Linear(width, 4)", "self.neck, self.head = nn.Linear(width, 8), nn.Linear(8, 4)"
+).replace(
+    "self.head((x + self.body(x).relu()).mean((2, 3)))", "self.head(self.neck((x + self.body(x).relu()).mean((2, 3))))"
+)
+
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
@@ -48,8 +54,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield tmp_path
 
 
-def report(*words: object) -> dict[str, object]:
-    result = run("compress", "net.py", "--no-bench", "--round-to", "1", "--json", *words)
+def report(*words: object, model: str = "net.py") -> dict[str, object]:
+    result = run("compress", model, "--no-bench", "--round-to", "1", "--json", *words)
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 
@@ -73,6 +79,31 @@ def test_training_after_the_shrink_is_proven_and_verified(place: Path) -> None:
 def test_rounds_end_where_they_should(schedule: str) -> None:
     made = report("--schedule", schedule, "--rounds", 3, "--epochs", 1, "--sparsity", 0.75)
     assert stems(made) == 8 and made["proof"]["difference"] < 1e-9
+
+
+def test_the_shares_of_a_config_list_hold_in_rounds_and_searches(place: Path) -> None:
+    (place / "list.yaml").write_text("- {op_types: [Conv2d], sparsity: 0.25}\n- {op_names: [head], exclude: true}\n")
+    for words in (("--epochs", 1), ("--schedule", "agp", "--rounds", 2), ("--search", "autocompress")):
+        assert stems(report("--config", "list.yaml", "--force", *words)) == 24
+    made = report("--config", "list.yaml", "--force", "--search", "netadapt")
+    assert 0.7 * made["macs"]["dense"] < made["macs"]["shrunk"] <= 0.75 * made["macs"]["dense"]
+
+
+def test_rounds_begin_with_the_initial_sparsity_of_a_list(place: Path) -> None:
+    (place / "list.yaml").write_text("- {op_types: [Conv2d], initial_sparsity: 0.5, final_sparsity: 0.75}\n")
+    words = ("--config", "list.yaml", "--schedule", "linear", "--rounds", 2, "--journal", "rounds.jsonl")
+    assert stems(report(*words)) == 8
+    first, last = map(json.loads, (place / "rounds.jsonl").read_text().splitlines()[1:])
+    assert first["shares"] == {"stem.weight": 0.625} and last["shares"] == {"stem.weight": 0.75}
+
+
+def test_a_ranking_of_all_groups_holds_in_rounds(place: Path) -> None:
+    (place / "two.py").write_text(TWO)
+    words = ("--scope", "global", "--criterion", "taylor")
+    once = report(*words, model="two.py")
+    rounds = report(*words, "--epochs", 1, "--out", "rounds", model="two.py")
+    widths = [[group["kept"] for group in made["groups"]] for made in (once, rounds)]
+    assert widths[0] == widths[1] != [16, 4] and rounds["request"]["scope"] == "global"
 
 
 def test_rounds_go_on_from_their_journal(place: Path) -> None:

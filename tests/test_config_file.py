@@ -64,6 +64,11 @@ def test_what_a_config_list_cannot_be() -> None:
         kept([])
     with pytest.raises(graphprune.errors.ModelError, match=r"nothing can be pruned"):
         kept([{"op_names": ["fc"], "sparsity": 0.5}])
+    for key, value in (("start_epoch", 1), ("end_epoch", 3), ("frequency", 2), ("prune_iterations", 3)):
+        with pytest.raises(ConfigError, match=rf"config_list\[0\]: {key} has no effect where no loop of epochs is"):
+            kept([{"op_types": ["Conv2d"], "sparsity": 0.5, key: value}])
+    with pytest.raises(ConfigError, match=r"config_list\[0\]: initial_sparsity has no effect without rounds"):
+        kept([{"op_types": ["Conv2d"], "sparsity": 0.5, "initial_sparsity": 0.2}])
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
-from graphprune.compress import Calibrate, Progress, Result, Stages
+from graphprune.compress import Calibrate, Progress, Result, Stages, target_of
 from graphprune.config import Request, closest
 from graphprune.errors import ConfigError
 from graphprune.pruners.searched import TowardsShares
 from graphprune.search.amc import amc
 from graphprune.search.annealing import annealing
+from graphprune.search.asked import asked_sparsity
 from graphprune.search.autocompress import Regularise, autocompress
 from graphprune.search.candidate import Tune
 from graphprune.search.netadapt import netadapt
@@ -73,15 +75,19 @@ class Finder:
             raise ConfigError(f"{source.text}: has no evaluate(model), which --search needs. Add one.")
         training = self._training(source)
         tune = None if training is None else _Tune(training, self.epochs)
-        options = request.model_dump(exclude={"sparsity", "scope", "criterion"})
+        grows = self.search is None and self.schedule != "one_shot"
         space = Space.of(
-            source.model, source.example_inputs, criterion=request.criterion, calibrate=calibrate, **options
+            source.model,
+            source.example_inputs,
+            asked=partial(target_of, request=request, grows=grows),
+            calibrate=calibrate,
+            **request.model_dump(exclude={"sparsity"}),
         )
         trials = Trials(space, source.evaluate or _nothing, False, self.workers, self.journal, request.seed)
         if self.search is not None:
             towards = None if training is None else self._towards(space, training)
-            return SEARCHES[self.search](trials, request.sparsity, tune, towards).result
-        return in_rounds(trials, request.sparsity, self.schedule, self.rounds, finetune=tune).result
+            return SEARCHES[self.search](trials, asked_sparsity(space), tune, towards).result
+        return in_rounds(trials, self.schedule, self.rounds, finetune=tune).result
 
     def _training(self, source: Source) -> Training | None:
         if self.epochs and source.training is None:
