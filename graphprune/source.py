@@ -1,6 +1,8 @@
 """A model from where its user keeps it: a file or a package, weights beside it, and example inputs."""
 
+import ast
 import copy
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -44,6 +46,7 @@ class Source:
         example_inputs: A tensor, a tuple of positional inputs or a mapping of keyword inputs.
         evaluate: Says how good a model is, in the unit of its author; None if there is no such function.
         training: How such a model is trained; None if there is no such function.
+        code: Digest of the code in the file that all of this comes from; comments and blanks do not count.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Source:
     example_inputs: ExampleInputs
     evaluate: Evaluate | None
     training: Training | None = None
+    code: str = ""
 
 
 def load_source(
@@ -92,6 +96,7 @@ def load_source(
         example_inputs=example,
         evaluate=_guarded(evaluate, folder, text) if callable(evaluate) else None,
         training=_training(module, folder, text),
+        code=_digest(module),
     )
 
 
@@ -109,6 +114,15 @@ def load_skeleton(text: str, *, inputs: Sequence[str] = (), seed: int = 0) -> tu
         skeleton = Skeleton.of(lambda: _build(module, name, text))
         example = _drawn(inputs, skeleton.model) if inputs else _offered(module, text)
     return name.rpartition(".")[2] or Path(str(module.__file__)).stem, skeleton, example
+
+
+def _digest(module: ModuleType) -> str:
+    """Returns the SHA-256 of what the code of a module means; nothing for one whose code is not there."""
+    try:
+        text = inspect.getsource(module)
+    except (OSError, TypeError):
+        return ""
+    return hashlib.sha256(ast.dump(ast.parse(text)).encode()).hexdigest()
 
 
 def _split(text: str) -> tuple[Path | None, str]:

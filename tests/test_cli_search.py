@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_cli import NET, run
+from test_cli import NET, complaint, run
 from test_rules import one_thread
 
 import graphprune
@@ -113,6 +113,29 @@ def test_rounds_go_on_from_their_journal(place: Path) -> None:
     again = report(*words, "--force")
     assert (place / "rounds.jsonl").read_text() == lines
     assert again["accuracy"] == first["accuracy"] and again["files"]["plan.json"] == first["files"]["plan.json"]
+
+
+def test_a_journal_is_of_its_epochs_and_its_code(place: Path) -> None:
+    words = (
+        "compress",
+        "net.py",
+        "--no-bench",
+        "--round-to",
+        1,
+        "--force",
+        "--journal",
+        "j.jsonl",
+        "--schedule",
+        "linear",
+    )
+    assert run(*words, "--epochs", 1).exit_code == 0
+    line = complaint(run(*words, "--epochs", 2))
+    assert line.startswith("j.jsonl: is the journal of another search (epochs 1, not 2). Use another file")
+    (place / "net.py").write_text(LEARNS + "\n# nothing but a remark\n")
+    assert run(*words, "--epochs", 1).exit_code == 0
+    (place / "net.py").write_text(LEARNS.replace("lr=1e-2", "lr=1e-3"))
+    line = complaint(run(*words, "--epochs", 1))
+    assert line.startswith("j.jsonl: is the journal of another search (the code of its model, its training or its eva")
 
 
 @pytest.mark.parametrize("search", ["sensitivity", "annealing", "netadapt", "autocompress"])

@@ -83,7 +83,16 @@ class Finder:
             calibrate=calibrate,
             **request.model_dump(exclude={"sparsity"}),
         )
-        trials = Trials(space, source.evaluate or _nothing, False, self.workers, self.journal, request.seed)
+        about = {"epochs": self.epochs, "scope": request.scope}
+        trials = Trials(
+            space,
+            source.evaluate or _nothing,
+            workers=self.workers,
+            journal=self.journal,
+            seed=request.seed,
+            code=source.code,
+            about=about,
+        )
         if self.search is not None:
             towards = None if training is None else self._towards(space, training)
             return SEARCHES[self.search](trials, asked_sparsity(space), tune, towards).result
@@ -120,7 +129,7 @@ def analysed(
     calibrate = None if source.training is None else _Tune(source.training.first(20), 1)
     options = {"criterion": criterion, "calibrate": calibrate, "seed": seed, "round_to": 1}
     space = stage("analyse", Space.of, source.model, source.example_inputs, **options)
-    trials = Trials(space, source.evaluate, False, workers, journal, seed)
+    trials = Trials(space, source.evaluate, workers=workers, journal=journal, seed=seed, code=source.code)
     return space, stage("evaluate", sensitivity, trials, shares)
 
 

@@ -132,6 +132,8 @@ def _difference(name: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) 
     if name == "settings" and isinstance(found.get(name), dict):
         inner = {key for key in (*found[name], *wanted[name]) if found[name].get(key) != wanted[name].get(key)}
         name, found, wanted = sorted(inner)[0], found["settings"], wanted["settings"]
+    if name == "code":
+        return "the code of its model, its training or its evaluation was another"
     if name == "model":
         return "its model, weights or limits are others"
     return f"{name} {found.get(name)!r}, not {wanted.get(name)!r}"

@@ -65,6 +65,8 @@ class Trials:
         journal: File in which everything is written down that was found out, so that a search that was stopped goes on
             where it was; None for none.
         seed: Of everything that is random.
+        code: Says which code evaluates and trains, as a digest; a journal is that of this code alone.
+        about: What else results depend on, by name, such as how long candidates are trained.
     """
 
     space: Space
@@ -73,6 +75,8 @@ class Trials:
     workers: str | Executor | None = None
     journal: Path | str | None = None
     seed: int = 0
+    code: str = ""
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     def over(self, space: Space) -> "Trials":
         """Returns the same over another space of the model."""
@@ -89,8 +93,13 @@ class Trials:
         Raises:
             ConfigError: The journal is that of another search, or the workers are none.
         """
-        header = {"search": search, "minimize": self.minimize, "seed": self.seed, "settings": settings}
-        journal = Journal(self.journal, {**header, "model": self.space.fingerprint})
+        header = {
+            "search": search,
+            "minimize": self.minimize,
+            "seed": self.seed,
+            "settings": {**settings, **self.about},
+        }
+        journal = Journal(self.journal, {**header, "code": self.code, "model": self.space.fingerprint})
         with executor_of(self.workers) as executor:
             yield Run(self, journal, executor)
 
