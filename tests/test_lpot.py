@@ -329,6 +329,12 @@ def test_iteration_ends_an_epoch(write: Callable[..., Path]) -> None:
     prune()
     assert counted.taken == 6 * 5
 
+    prune = pruning(write())
+    counted.taken, optimizer = 0, torch.optim.SGD
+    prune.training = Training.on(counted, nn.functional.cross_entropy, optimizer=lambda some: optimizer(some, lr=0.02))
+    prune()
+    assert counted.taken == 6 * 5
+
 
 def test_epochs_begin_where_the_file_says(write: Callable[..., Path]) -> None:
     prune = pruning(write(("    start_epoch: 0\n    end_epoch: 6", "    start_epoch: 3\n    end_epoch: 6")))
