@@ -81,7 +81,8 @@ def deliver(
     stage = Stages(progress)
     with replacing(folder, force=force) as draft:
         before = stage("evaluate", source.evaluate, source.model) if source.evaluate else None
-        calibrate = None if source.training is None else partial(_epoch, source.training.first(request.batches))
+        training = None if source.training is None else source.training.first(request.batches)
+        calibrate = None if training is None else partial(_epoch, training, request.seed)
         if find is not None:
             result = stage("search", find, source, request, calibrate)
         else:
@@ -113,8 +114,8 @@ def deliver(
     return Delivery(folder, report, result)
 
 
-def _epoch(training: Training, model: nn.Module) -> None:
-    fit(model, training, 1)
+def _epoch(training: Training, seed: int, model: nn.Module) -> None:
+    fit(model, training, 1, seed=seed)
 
 
 def _export(source: Source, result: Result, draft: Path, opset: int | None) -> dict[str, ModelFile]:
