@@ -12,6 +12,7 @@ from test_rules import one_thread
 
 import graphprune
 from graphprune.cli import app
+from graphprune.search import Episodes, Schedule, amc, annealing
 
 LEARNS = (
     NET
@@ -136,6 +137,36 @@ def test_a_journal_is_of_its_epochs_and_its_code(place: Path) -> None:
     (place / "net.py").write_text(LEARNS.replace("lr=1e-2", "lr=1e-3"))
     line = complaint(run(*words, "--epochs", 1))
     assert line.startswith("j.jsonl: is the journal of another search (the code of its model, its training or its eva")
+
+
+def test_a_search_that_misses_its_budget_says_so(place: Path) -> None:
+    words = ("compress", "net.py", "--no-bench", "--round-to", 1, "--search", "netadapt", "--sparsity", 0.9)
+    result = run(*words, "--min-channels", 24)
+    assert result.exit_code == 0, result.output
+    said = json.loads((place / "net-pruned" / "report.json").read_text())["note"]
+    assert "of the macs are left, not 0.1: no group can give more" in said
+    assert f"Note: {said}." in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize("search", ["annealing", "amc"])
+def test_what_a_search_finds_is_trained(monkeypatch: pytest.MonkeyPatch, search: str) -> None:
+    quick = {"annealing": lambda t, s, tune, _: annealing(t, s, schedule=Schedule(start=20, tries=1), finetune=tune)}
+    quick["amc"] = lambda t, s, tune, _: amc(t, 1 - s, episodes=Episodes(4, 1), finetune=tune)
+    monkeypatch.setattr("graphprune.search.finder.SEARCHES", quick)
+    plain, trained = report("--search", search), report("--search", search, "--epochs", 3, "--out", "trained")
+    assert stems(plain) == stems(trained) and plain["accuracy"]["shrunk"] < trained["accuracy"]["shrunk"]
+
+
+def test_the_seed_is_that_of_training_too(place: Path) -> None:
+    """The model is the same for all seeds; the order of the batches, and so what training and scores come to, is not."""
+    drawn = LEARNS.replace("return Net()", "torch.manual_seed(0); return Net()").replace(
+        "for i in range(0, 32, 8)]", "for i in range(0, 32, 8)]; batches = Drawn(batches)"
+    )
+    order = "    def __iter__(self):\n        return iter([self[i] for i in torch.randperm(len(self))])\n"
+    (place / "net.py").write_text(f"{drawn}\nclass Drawn(list):\n{order}")
+    for words in (("--epochs", 1), ("--criterion", "taylor", "--batches", 2)):
+        one, same, other = (report(*words, "--force", "--seed", seed)["files"] for seed in (1, 1, 2))
+        assert one["weights.safetensors"] == same["weights.safetensors"] != other["weights.safetensors"]
 
 
 @pytest.mark.parametrize("search", ["sensitivity", "annealing", "netadapt", "autocompress"])

@@ -31,9 +31,9 @@ Search = Callable[[Trials, float, Tune | None, Regularise | None], Found]
 SEARCHES: Mapping[str, Search] = {
     "sensitivity": lambda trials, sparsity, tune, _: prune_by_sensitivity(trials, sparsity, finetune=tune),
     "netadapt": lambda trials, sparsity, tune, _: netadapt(trials, 1 - sparsity, finetune=tune),
-    "annealing": lambda trials, sparsity, *_: annealing(trials, sparsity),
+    "annealing": lambda trials, sparsity, tune, _: annealing(trials, sparsity, finetune=tune),
     "autocompress": lambda trials, sparsity, _, towards: autocompress(trials, sparsity, regularise=towards),
-    "amc": lambda trials, sparsity, *_: amc(trials, 1 - sparsity),
+    "amc": lambda trials, sparsity, tune, _: amc(trials, 1 - sparsity, finetune=tune),
 }
 """What goes is a share of the multiply-accumulates for netadapt and amc, else of the weights that make channels."""
 
@@ -46,7 +46,8 @@ class Finder:
         search: A name in :data:`~graphprune.search.named.SEARCHES`; None for rounds.
         schedule: A name in :data:`~graphprune.schedule.SCHEDULES`, of the rounds.
         rounds: How many there are.
-        epochs: How long a model is trained after it was shrunk; 0 for not at all.
+        epochs: How long a model is trained after it was shrunk; 0 for not at all. Annealing and amc train what they
+            have found; autocompress trains towards the shares of each round, so many times an epoch.
         journal: File from which a search that was stopped goes on; None for none.
         workers: Where candidates are evaluated; None for this process.
     """
@@ -74,7 +75,7 @@ class Finder:
         if self.search is not None and source.evaluate is None:
             raise ConfigError(f"{source.text}: has no evaluate(model), which --search needs. Add one.")
         training = self._training(source)
-        tune = None if training is None else _Tune(training, self.epochs)
+        tune = None if training is None else _Tune(training, self.epochs, request.seed)
         grows = self.search is None and self.schedule != "one_shot"
         space = Space.of(
             source.model,
@@ -94,7 +95,7 @@ class Finder:
             about=about,
         )
         if self.search is not None:
-            towards = None if training is None else self._towards(space, training)
+            towards = None if training is None else self._towards(space, training, request.seed)
             return SEARCHES[self.search](trials, asked_sparsity(space), tune, towards).result
         return in_rounds(trials, self.schedule, self.rounds, finetune=tune).result
 
@@ -103,9 +104,9 @@ class Finder:
             raise ConfigError(f"{source.text}: has no training(), which --epochs needs. Add one.")
         return source.training if self.epochs else None
 
-    def _towards(self, space: Space, training: Training) -> TowardsShares:
+    def _towards(self, space: Space, training: Training, seed: int) -> TowardsShares:
         loop = {"trainer": training.trainer, "optimizer": training.optimizer, "criterion": training.criterion}
-        turns = {"iterations": self.epochs, "training_epochs": 1}
+        turns = {"iterations": self.epochs, "training_epochs": 1, "seed": seed}
         return TowardsShares(space.layers, space.example_inputs, {**loop, **turns})
 
 
@@ -126,7 +127,7 @@ def analysed(
     if source.evaluate is None:
         raise ConfigError(f"{source.text}: has no evaluate(model). Add one.")
     stage = Stages(progress)
-    calibrate = None if source.training is None else _Tune(source.training.first(20), 1)
+    calibrate = None if source.training is None else _Tune(source.training.first(20), 1, seed)
     options = {"criterion": criterion, "calibrate": calibrate, "seed": seed, "round_to": 1}
     space = stage("analyse", Space.of, source.model, source.example_inputs, **options)
     trials = Trials(space, source.evaluate, workers=workers, journal=journal, seed=seed, code=source.code)
@@ -139,9 +140,10 @@ class _Tune:
 
     training: Training
     epochs: int
+    seed: int
 
     def __call__(self, model: nn.Module) -> None:
-        fit(model, self.training, self.epochs)
+        fit(model, self.training, self.epochs, seed=self.seed)
 
 
 def _nothing(model: nn.Module) -> float:

@@ -170,9 +170,17 @@ class Run:
         return float(self._journal[key]["ms"])
 
     def found(self, chosen: Evaluation, state: State, note: str | None = None) -> Found:
-        """Returns what the search has found: ``chosen``, with the weights of ``state``."""
+        """Returns what the search has found: ``chosen``, with the weights of ``state``; its report has the note."""
         result = self.space.result(chosen.shares, state)
+        result = replace(result, report={**result.report, "note": note})
         return Found(chosen.shares, chosen.score, tuple(self.history), result, note)
+
+    def trained_and_found(self, best: Evaluation, state: State, tune: Tune | None) -> Found:
+        """Returns what the search has found: ``best``, trained in the end unless ``tune`` is None."""
+        if tune is None:
+            return self.found(best, state)
+        (best,) = self.evaluate([best.shares], state, tune=tune, use="what was found")
+        return self.found(best, self.trained(best, state, tune, use="what was found"))
 
     def _scored(self, lives: Sequence[Mask], state: State, tune: Tune | None, use: str) -> list[Evaluation]:
         keys = [self._key(live, state, tune, use) for live in lives]
