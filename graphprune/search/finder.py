@@ -4,19 +4,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from pydantic import ValidationInfo, field_validator
 from torch import nn
 
 from graphprune.compress import Calibrate, Progress, Result, Stages, target_of
-from graphprune.config import Request, closest
+from graphprune.config import Request, Said, closest
 from graphprune.errors import ConfigError
 from graphprune.pruners.searched import TowardsShares
+from graphprune.schedule import SCHEDULES
 from graphprune.search.amc import amc
 from graphprune.search.annealing import annealing
 from graphprune.search.asked import asked_sparsity
 from graphprune.search.autocompress import Regularise, autocompress
 from graphprune.search.candidate import Tune
 from graphprune.search.netadapt import netadapt
+from graphprune.search.pool import is_address
 from graphprune.search.rounds import in_rounds
 from graphprune.search.sensitivity import Sensitivity, prune_by_sensitivity, sensitivity
 from graphprune.search.space import Space
@@ -38,12 +42,11 @@ SEARCHES: Mapping[str, Search] = {
 """What goes is a share of the multiply-accumulates for netadapt and amc, else of the weights that make channels."""
 
 
-@dataclass(frozen=True)
-class Finder:
+class Finder(Said):
     """A search or rounds with a schedule, and training after each shrink.
 
     Attributes:
-        search: A name in :data:`~graphprune.search.named.SEARCHES`; None for rounds.
+        search: A name in :data:`SEARCHES`; None for rounds.
         schedule: A name in :data:`~graphprune.schedule.SCHEDULES`, of the rounds.
         rounds: How many there are.
         epochs: How long a model is trained after it was shrunk; 0 for not at all. Annealing and amc train what they
@@ -53,18 +56,34 @@ class Finder:
     """
 
     search: str | None = None
-    schedule: str = "linear"
+    schedule: str = "one_shot"
     rounds: int = 1
     epochs: int = 0
     journal: Path | None = None
     workers: str | None = None
 
-    def __post_init__(self) -> None:
-        if self.search is not None and self.search not in SEARCHES:
-            known = list(SEARCHES)
-            raise ConfigError(
-                f"search {self.search!r}: is not known{closest(self.search, known)}. Use {', '.join(known)}."
-            )
+    @field_validator("search", "schedule")
+    @classmethod
+    def _names_are_known(cls, value: str | None, info: ValidationInfo) -> str | None:
+        known: list[str] = list(SEARCHES if info.field_name == "search" else SCHEDULES)
+        if value is not None and value not in known:
+            raise ValueError(f"is not known{closest(value, known)}. Use one of {', '.join(known)}")
+        return value
+
+    @field_validator("rounds", "epochs")
+    @classmethod
+    def _counts_are_counts(cls, value: int, info: ValidationInfo) -> int:
+        least = 1 if info.field_name == "rounds" else 0
+        if value < least:
+            raise ValueError(f"is below {least}. Use {least} or more")
+        return value
+
+    @field_validator("workers")
+    @classmethod
+    def _workers_have_an_address(cls, value: str | None) -> str | None:
+        if value is not None and not is_address(value):
+            raise ValueError("is no address. Use 'ray', or one such as 'ray://head:10001'")
+        return value
 
     def __call__(self, source: Source, request: Request, calibrate: Calibrate | None) -> Result:
         """The result of the search, from the usual pipeline.
@@ -108,6 +127,35 @@ class Finder:
         loop = {"trainer": training.trainer, "optimizer": training.optimizer, "criterion": training.criterion}
         turns = {"iterations": self.epochs, "training_epochs": 1, "seed": seed}
         return TowardsShares(space.layers, space.example_inputs, {**loop, **turns})
+
+
+def finder_of(values: Mapping[str, Any], request: Request) -> Finder | None:
+    """Returns what looks for what goes; None if all of it goes in one shot.
+
+    Args:
+        values: The fields of :class:`Finder` that a user gives.
+        request: What is asked.
+
+    Raises:
+        ConfigError: A value makes no sense, or has no effect beside the others.
+    """
+    finder = Finder.of(**values)
+    if finder.search is None and "schedule" not in values and not finder.epochs:
+        for name in ("rounds", "journal", "workers"):
+            if name in values:
+                raise ConfigError(
+                    f"--{name}: has no effect without --schedule, --search or --epochs. Give one of them."
+                )
+        return None
+    if finder.search is not None:
+        for name in ("schedule", "rounds"):
+            if name in values:
+                raise ConfigError(f"--search and --{name}: exclude each other. Give one of them.")
+        if request.scope == "global":
+            raise ConfigError(
+                "--scope global: is not for --search, which says how much of each group goes. Leave it out."
+            )
+    return finder
 
 
 def analysed(

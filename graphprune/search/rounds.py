@@ -1,7 +1,6 @@
 """Rounds of pruning and training: a search that has nothing to choose, so that it is journalled and proven like one."""
 
 from dataclasses import replace
-from functools import partial
 
 from graphprune.errors import ConfigError
 from graphprune.schedule import SCHEDULES
@@ -39,7 +38,7 @@ def in_rounds(trials: Trials, schedule: str = "linear", rounds: int = 1, *, fine
         for number in range(0 if rewind else 1, rounds + 1):
             if rewind:
                 state = replace(state, weights=first.weights, key=digest(state.key, "first values"))
-            shares = asked_shares(trials.space, state, partial(SCHEDULES[schedule], i=number, n=rounds))
+            shares = asked_shares(trials.space, state, SCHEDULES[schedule], number, rounds)
             (chosen,) = run.evaluate([shares], state, tune=finetune, use=f"round {number}")
             state = run.trained(chosen, state, finetune, use=f"round {number}")
         return run.found(chosen, state)
