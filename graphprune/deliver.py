@@ -82,7 +82,7 @@ def deliver(
     with replacing(folder, force=force) as draft:
         before = stage("evaluate", source.evaluate, source.model) if source.evaluate else None
         training = None if source.training is None else source.training.first(request.batches)
-        calibrate = None if training is None else partial(_epoch, training, request.seed)
+        calibrate = None if training is None else source.in_training(partial(_epoch, training, request.seed))
         if find is not None:
             result = stage("search", find, source, request, calibrate)
         else:

@@ -27,6 +27,7 @@ from graphprune.config import closest
 from graphprune.errors import ConfigError, ModelError
 from graphprune.training import Training
 from graphprune.weights import load_weights
+from speedup.errors import SpeedupError
 from speedup.inputs import ExampleInputs
 
 Evaluate = Callable[[nn.Module], float]
@@ -47,6 +48,7 @@ class Source:
         evaluate: Says how good a model is, in the unit of its author; None if there is no such function.
         training: How such a model is trained; None if there is no such function.
         code: Digest of the code in the file that all of this comes from; comments and blanks do not count.
+        folder: Where its code finds what it imports.
     """
 
     name: str
@@ -56,6 +58,37 @@ class Source:
     evaluate: Evaluate | None
     training: Training | None = None
     code: str = ""
+    folder: Path = Path()
+
+    def in_training(self, work: Callable[..., Any]) -> "InTraining":
+        """Returns the same work, where mistakes of ``training()`` are named."""
+        return InTraining(self.text, self.folder, work)
+
+
+@dataclass(frozen=True)
+class InTraining:
+    """Work that runs a user's training; a value, so that it can go to a worker.
+
+    Attributes:
+        text: What says how to train: a model's file, or one that describes it.
+        folder: Where its code finds what it imports.
+        work: The work.
+        fact: What to say of it where something goes wrong.
+    """
+
+    text: str
+    folder: Path
+    work: Callable[..., Any]
+    fact: str = "raises while it trains as training() says"
+
+    def __call__(self, *args: Any) -> Any:
+        """What the work returns.
+
+        Raises:
+            ModelError: Something goes wrong in the user's code or data; one line that names the place.
+        """
+        with _importing_from(self.folder), _blaming(self.text, self.fact, but=SpeedupError):
+            return self.work(*args)
 
 
 def load_source(
@@ -97,6 +130,7 @@ def load_source(
         evaluate=_guarded(evaluate, folder, text) if callable(evaluate) else None,
         training=_training(module, folder, text),
         code=_digest(module),
+        folder=folder,
     )
 
 
@@ -304,10 +338,12 @@ def _training(module: ModuleType, folder: Path, text: str) -> Training | None:
 
 
 @contextmanager
-def _blaming(text: str, fact: str) -> Iterator[None]:
-    """Turns whatever the user's code raises into one line that names the place."""
+def _blaming(text: str, fact: str, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """Turns whatever the user's code raises into one line that names the place, ``but`` what is one line already."""
     try:
         yield
+    except but:
+        raise
     except (Exception, SystemExit) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         told = f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__

@@ -169,6 +169,27 @@ def test_the_seed_is_that_of_training_too(place: Path) -> None:
         assert one["weights.safetensors"] == same["weights.safetensors"] != other["weights.safetensors"]
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (("Y[i : i + 8])", "Y[i : i + 8] + 7)"), "(IndexError: Target "),
+        (("(X[i : i + 8], Y", "(X[i : i + 7], Y"), "(ValueError: Expected input batch_size"),
+        (("optim.Adam(p, lr=1e-2)", "optim.Adam(p, rate=1e-2)"), "(TypeError: "),
+        (("return Training.on(batches,", "return Training(wrong,"), "(KeyError: 'no luck')"),
+    ],
+)
+@pytest.mark.parametrize("words", [("--epochs", 1), ("--criterion", "taylor")])
+def test_mistakes_in_training_end_in_one_line(place: Path, change: tuple[str, str], told: str, words: tuple) -> None:
+    text = LEARNS.replace(*change).replace("Training(wrong, nn.functional.cross_entropy", "Training(wrong")
+    (place / "net.py").write_text(
+        text + "\ndef wrong(model, optimizer, criterion, epoch):\n    raise KeyError('no luck')\n"
+    )
+    result = run("compress", "net.py", "--no-bench", "--round-to", 1, *words)
+    line = complaint(result)
+    assert result.exit_code == 2 and line.startswith("net.py: raises while it trains as training() says"), line
+    assert told in line and line.endswith("Fix it there.")
+
+
 @pytest.mark.parametrize("search", ["sensitivity", "annealing", "netadapt", "autocompress"])
 def test_searches_meet_their_target(search: str) -> None:
     made = report("--search", search, "--sparsity", 0.3, "--epochs", int(search in ("netadapt", "autocompress")))

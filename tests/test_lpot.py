@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from lpot_file import CONV, FILE, Net, data, manual_loop, net, pruning, run_described, run_on
-from test_cli import COMPLETE, run
+from test_cli import COMPLETE, complaint, run
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -454,3 +454,6 @@ def test_compress_takes_the_training_beside_the_model(
         done = run("compress", "net.py", "--config", path, "--no-bench", "--json", "--force")
         assert done.exit_code == 0, done.output
         assert json.loads(done.stdout)["pruning"]["tensors"][0]["zeros"] == 692
+    (tmp_path / "net.py").write_text(COMPLETE + TRAINING.replace("torch.arange(4))", "torch.arange(4) + 9)"))
+    line = complaint(run("compress", "net.py", "--config", path, "--no-bench", "--force"))
+    assert line.startswith("net.py: raises while it trains as training() says (IndexError: Target ")

@@ -94,7 +94,7 @@ class Finder(Said):
         if self.search is not None and source.evaluate is None:
             raise ConfigError(f"{source.text}: has no evaluate(model), which --search needs. Add one.")
         training = self._training(source)
-        tune = None if training is None else _Tune(training, self.epochs, request.seed)
+        tune = None if training is None else source.in_training(_Tune(training, self.epochs, request.seed))
         grows = self.search is None and self.schedule != "one_shot"
         space = Space.of(
             source.model,
@@ -114,7 +114,9 @@ class Finder(Said):
             about=about,
         )
         if self.search is not None:
-            towards = None if training is None else self._towards(space, training, request.seed)
+            towards = None
+            if training is not None:
+                towards = source.in_training(self._towards(space, training, request.seed))
             return SEARCHES[self.search](trials, asked_sparsity(space), tune, towards).result
         return in_rounds(trials, self.schedule, self.rounds, finetune=tune).result
 
@@ -175,7 +177,9 @@ def analysed(
     if source.evaluate is None:
         raise ConfigError(f"{source.text}: has no evaluate(model). Add one.")
     stage = Stages(progress)
-    calibrate = None if source.training is None else _Tune(source.training.first(20), 1, seed)
+    calibrate = None
+    if source.training is not None:
+        calibrate = source.in_training(_Tune(source.training.first(20), 1, seed))
     options = {"criterion": criterion, "calibrate": calibrate, "seed": seed, "round_to": 1}
     space = stage("analyse", Space.of, source.model, source.example_inputs, **options)
     trials = Trials(space, source.evaluate, workers=workers, journal=journal, seed=seed, code=source.code)
