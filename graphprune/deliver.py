@@ -16,7 +16,7 @@ from graphprune.blueprint import Blueprint, described
 from graphprune.compress import Calibrate, Progress, Result, Stages, compress
 from graphprune.config import Request
 from graphprune.errors import ConfigError
-from graphprune.folder import replacing
+from graphprune.folder import replacing, writing
 from graphprune.report import Report
 from graphprune.source import Source
 from graphprune.training import Training
@@ -90,10 +90,12 @@ def deliver(
                 source.model, source.example_inputs, calibrate=calibrate, progress=progress, **request.model_dump()
             )
         stage.seconds |= result.report["seconds"]
-        exported = stage("export", _export, source, result, draft, opset)
+        with writing(folder):
+            exported = stage("export", _export, source, result, draft, opset)
         latency = stage("measure", _latency, exported, draft, threads, limits) if limits else None
         after = stage("evaluate", source.evaluate, result.model) if source.evaluate else None
-        stage("write", _write, result, draft)
+        with writing(folder):
+            stage("write", _write, result, draft)
         report: Report = {
             "source": {
                 "model": source.text,
@@ -110,7 +112,8 @@ def deliver(
             **facts,
         }
         report["sha256"] = files.digest(report)
-        (draft / files.REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
+        with writing(folder):
+            (draft / files.REPORT).write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
     return Delivery(folder, report, result)
 
 

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from graphprune.checkpoints.skeleton import Skeleton, parameters_on_meta
 from graphprune.config import closest
 from graphprune.errors import ConfigError, ModelError
+from graphprune.search.candidate import number_in
 from graphprune.training import Training
 from graphprune.weights import load_weights
 from speedup.errors import SpeedupError
@@ -314,13 +315,12 @@ def _guarded(evaluate: Callable[[nn.Module], Any], folder: Path, text: str) -> E
     def guarded(model: nn.Module) -> float:
         with _importing_from(folder), _blaming(text, "raises in evaluate()"):
             value = evaluate(copy.deepcopy(model).eval())
-        if isinstance(value, Tensor) and value.numel() == 1:
-            value = value.item()
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        number = number_in(value)
+        if number is None:
             raise ModelError(f"{text}: evaluate() gives {type(value).__name__}. Return one number.")
-        if math.isnan(value):
-            raise ModelError(f"{text}: evaluate() gives nan. Return a number.")
-        return float(value)
+        if not math.isfinite(number):
+            raise ModelError(f"{text}: evaluate() gives {number}. Return a finite number.")
+        return number
 
     return guarded
 
