@@ -212,6 +212,25 @@ def test_the_table_of_sensitivity(place: Path) -> None:
     assert ET.parse(place / "plot.svg").getroot().tag.endswith("svg")
 
 
+def test_a_table_that_cannot_be_written(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, *rest: object, **more: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", refuse)
+        result = run("sensitivity", "net.py", "--share", 0.5, "--csv", "table.csv")
+    assert result.exit_code == 2 and "stem.weight" in result.stdout
+    assert result.stderr.strip().splitlines()[-1].startswith("table.csv: cannot be written (No space left on device).")
+    monkeypatch.setattr("graphprune.cli.look.load_source", None)  # nothing is loaded, much less evaluated
+    for option, name, told in (
+        ("--csv", "no/x.csv", f"no/x.csv: there is no folder {place / 'no'} to make it in. Name another file."),
+        ("--plot", "no/x.svg", f"no/x.svg: there is no folder {place / 'no'} to make it in. Name another file."),
+        ("--csv", ".", ".: is a folder. Name another file."),
+        ("--plot", "x.txt", "x.txt: no plot has the suffix '.txt'. Use .svg, .png or .pdf."),
+    ):
+        assert complaint(run("sensitivity", "net.py", option, name)) == told
+
+
 def test_dependencies_in_the_columns_of_others(place: Path) -> None:
     grouped = LEARNS.replace(
         "self.body = nn.Conv2d(width, width, 3, padding=1)",
