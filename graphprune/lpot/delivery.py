@@ -63,7 +63,7 @@ def deliver_pruned(
     prune.eval_func = source.evaluate
     train, own = prune.config.train, source.training
     if own is not None and (train.criterion, train.optimizer, train.dataloader) == (None, None, None):
-        prune.training = own
+        prune.training = own if train.iteration is None else own.first(train.iteration)
     elif own is not None and isinstance(own.trainer, Loop) and train.dataloader is None:
         prune.train_dataloader = own.trainer.data
     progress("capture")

@@ -54,7 +54,8 @@ def described(config: Config, data: Iterable[Any] | None = None) -> Training:
     if data is None:
         assert train.dataloader is not None
         data = loader(train.dataloader, f"{where}.dataloader")
-    return Training.on(data, criterion, optimizer=optimizer)
+    training = Training.on(data, criterion, optimizer=optimizer)
+    return training if train.iteration is None else training.first(train.iteration)
 
 
 def loader(asked: Dataloader, where: str) -> DataLoader[Any]:
