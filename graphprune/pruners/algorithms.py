@@ -1,6 +1,5 @@
 """The basic pruners: one table of what they do, and what happens to a model that one of them is given."""
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -254,6 +253,7 @@ class Pruner:
                     iterations=options.iterations,
                     epochs=epochs,
                     seed=options.seed,
+                    waits=self.structured and self.finder.inputs is None,
                 )
             else:
                 self._scores = self._movement(settings, weights, training, epochs)
@@ -284,13 +284,10 @@ class Pruner:
 
     def observe(self, training: Training) -> Evidence:
         """Returns what is seen while the model is trained for an epoch; model and optimizer are put back afterwards."""
-        observer, optimizer = self._observer(), training.optimizer
-        state = copy.deepcopy(optimizer.state_dict()) if isinstance(optimizer, Optimizer) else None
-        with put_back(self.model), observer.watching():
+        observer = self._observer()
+        with put_back(self.model, training.optimizer), observer.watching():
             some = replace(training.first(self.options.training_batches), schedule=None)
             fit(self.model, some, 1, seed=self.options.seed)
-        if isinstance(optimizer, Optimizer) and state is not None:
-            optimizer.load_state_dict(state)
         return observer.evidence(self.options.seed)
 
     def _observer(self) -> Observer:
