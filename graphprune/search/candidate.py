@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from graphprune.errors import ConfigError, ModelError
 from graphprune.search.state import Weights, shrunk_model, tensors_after
+from graphprune.training.loop import in_place
 from speedup.analysis import Analysis, analyse
 from speedup.capture import capture
 from speedup.inputs import ExampleInputs
@@ -20,7 +21,7 @@ from speedup.labels import Mask
 from speedup.repair import repaired
 
 Evaluate = Callable[[nn.Module], Any]
-"""Gives a number for a model, which it may change."""
+"""Gives a number for a model, which is in eval mode and which it may change."""
 
 Tune = Callable[[nn.Module], Any]
 """Trains a model in place."""
@@ -88,6 +89,7 @@ def try_candidate(origin: Origin, weights: Weights | None, job: Job, analysis: A
     Raises:
         ConfigError: The evaluator gives no finite number.
         ModelError: The model is captured differently here.
+        TrainingError: What trains it returns another model.
     """
     analysis = analysis or _analysed(origin)
     if len(job.live) != analysis.classes.count:
@@ -95,9 +97,9 @@ def try_candidate(origin: Origin, weights: Weights | None, job: Job, analysis: A
     with seeded(job.seed, origin.threads):
         model = shrunk_model(analysis, job.live, weights)
         if job.tune is not None:
-            job.tune(model)
+            in_place(model, job.tune)
         found = tensors_after(model) if job.tune is not None else None
-        return Outcome(checked_score(origin.evaluate(model)) if job.scored else None, found)
+        return Outcome(checked_score(origin.evaluate(model.eval())) if job.scored else None, found)
 
 
 def checked_score(value: Any) -> float:

@@ -312,10 +312,23 @@ def _nothing() -> None:
     """What a trainer calls as its callback."""
 
 
+def in_place(model: nn.Module, train: Callable[[nn.Module], Any], name: str = "finetuner") -> None:
+    """Lets a function train a model.
+
+    Raises:
+        TrainingError: It returns another model, of which nobody would know.
+    """
+    _refuse_another(model, train(model), name)
+
+
+def _refuse_another(model: nn.Module, returned: Any, name: str) -> None:
+    if isinstance(returned, nn.Module) and returned is not model:
+        raise TrainingError(f"{name}: returns another model than it was given. Train that one in place.")
+
+
 def _check_same(model: nn.Module, before: Mapping[str, nn.Parameter], returned: Any) -> None:
     """Refuses a trainer that leaves another model than it got."""
-    if isinstance(returned, nn.Module) and returned is not model:
-        raise TrainingError("trainer: returns another model than it was given. Train that one in place.")
+    _refuse_another(model, returned, "trainer")
     after = dict(model.named_parameters())
     for name in {**before, **after}:
         if before.get(name) is not after.get(name):
