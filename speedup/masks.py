@@ -44,6 +44,7 @@ class ModelSpeedup:
     Attributes:
         reconciled: For each masked tensor by name how many channels it masks out that are kept all the same.
         plan: What is kept of each tensor, by its canonical name.
+        model: The shrunk model, once :meth:`speedup_model` has run.
         proof: The proof, once :meth:`speedup_model` has run; it compares what is kept, before anything is folded.
         folded: For each bias or stored mean by name the most that was added to an element of it for what is left of
             removed channels, once :meth:`speedup_model` has run.
@@ -78,6 +79,7 @@ class ModelSpeedup:
         self._live = _rectangular(self._analysis, _produced(self._analysis, self._masks))
         self.reconciled = self._count_reconciled()
         self.plan = make_plan(self._analysis, self._live)
+        self.model: nn.Module | None = None
         self.proof: Proof | None = None
         self.difference: float | None = None
         self.folded: dict[str, float] = {}
@@ -107,6 +109,7 @@ class ModelSpeedup:
         self.folded = {name: float(amount.abs().max()) for name, amount in leftovers.folds.items()}
         self.left_behind = dict(leftovers.left)
         self.difference = _output_difference(dense, shrunk.model, captured)
+        self.model = shrunk.model
         return shrunk.model
 
     def cut(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
