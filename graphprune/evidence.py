@@ -105,7 +105,16 @@ class Observer:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Looks on while the context is open."""
+        """Looks on while the context is open.
+
+        Raises:
+            ConfigError: There will be no gradients, because no parameter requires any.
+        """
+        if self._need == "gradients" and not any(one.requires_grad for one in self._model.parameters()):
+            raise ConfigError(
+                "model: no parameter of it requires gradients, so that there are none to look at. Let some require "
+                "them with requires_grad_()."
+            )
         with ExitStack() as stack:
             if self.analysis is not None:
                 self._start(stack, self.analysis)

@@ -493,6 +493,42 @@ def test_what_makes_no_sense_is_told_in_a_line(case: Any) -> None:
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
 
 
+def test_what_is_frozen_has_no_gradients_to_look_at() -> None:
+    model = small().requires_grad_(False)
+    before = hooks(model)
+    for args in (LOOP, ()):
+        with pytest.raises(ConfigError, match=r"model: .*no parameter.*requires? gradients|has no parameter"):
+            pruners.TaylorFOWeightPruner(model, [HALF], *args).compress()
+        assert hooks(model) == before and not attached_masks(model)
+    with torch.no_grad(), pytest.raises(ConfigError, match="model: gradients are off, so that it cannot be trained"):
+        pruners.TaylorFOWeightPruner(small(), [HALF], *LOOP).compress()
+
+
+def test_a_model_of_inference_mode_is_refused() -> None:
+    with torch.inference_mode(), pytest.raises(SpeedupError, match=r"Small: was made under torch.inference_mode\(\)"):
+        pruners.L1NormPruner(Small(), [HALF], **INPUTS).compress()
+
+
+def test_values_are_shown_in_a_line() -> None:
+    for make, fact in (
+        (lambda: pruners.L1NormPruner(small(), [HALF], X), r"mode tensor\(\["),
+        (lambda: pruners.TaylorFOWeightPruner(small(), [HALF], *LOOP, small()), r"training_batches Small\( \(conv1"),
+    ):
+        with pytest.raises(ConfigError, match=fact) as raised:
+            make()
+        assert "\n" not in str(raised.value) and len(str(raised.value)) < 160
+
+
+def test_one_option_under_two_names() -> None:
+    for two in ({"optimizer": sgd, "traced_optimizer": sgd}, {"training_batches": 3, "statistics_batch_num": 3}):
+        with pytest.raises(ConfigError, match=f"{' and '.join(two)}: are names of one option. Give one of them."):
+            pruners.TaylorFOWeightPruner(small(), [HALF], trainer, **two)
+    with pytest.raises(
+        ConfigError, match=r"traced_optimiser: is no option of a pruner \(did you mean 'traced_optimizer'"
+    ):
+        pruners.TaylorFOWeightPruner(small(), [HALF], trainer, traced_optimiser=sgd)
+
+
 def test_errors_of_pruners_are_errors_of_the_package() -> None:
     assert issubclass(ConfigError, GraphpruneError) and issubclass(GraphpruneError, SpeedupError)
 

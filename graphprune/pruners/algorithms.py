@@ -315,9 +315,9 @@ class Pruner:
                 self._watching = None
                 self.prune(self.settings, observer.evidence(self.options.seed))
 
-        handle = self.model.register_forward_pre_hook(on_call)  # runs before those of the observer
         self.watch()
         assert self._watching is not None
+        handle = self.model.register_forward_pre_hook(on_call, prepend=True)  # runs before those of the observer
         self._watching[1].callback(handle.remove)
 
     @contextmanager
