@@ -16,7 +16,7 @@ from graphprune.pruners.sparsify import Masks, by_layer, outputs_along, weight_n
 from graphprune.schedule import Schedule, at_round
 from graphprune.training.fit import evaluated
 from speedup.inputs import ExampleInputs
-from speedup.masking import attach_masks, flat_masks, without_masks
+from speedup.masking import attach_masks, beneath_masks, flat_masks, without_masks
 from speedup.masks import ModelSpeedup
 
 Work = Callable[[nn.Module], Any]
@@ -76,7 +76,7 @@ def in_rounds(
     settings, dense = pruner.settings, pruner.model
     current = copy.deepcopy(dense)
     pruner = pruner.following(current)
-    first = {name: tensor.detach().clone() for name, tensor in current.state_dict().items()}
+    first = {name: tensor.detach().clone() for name, tensor in beneath_masks(current.state_dict()).items()}
     if rewind and finetune is not None:
         finetune(current)
     for number in range(1, rounds + 1):
@@ -95,7 +95,7 @@ def in_rounds(
         if rewind:
             with torch.no_grad():
                 for name, tensor in current.state_dict(keep_vars=True).items():
-                    if name in first:  # masks are not
+                    if name in first:
                         tensor.copy_(first[name])
         if finetune is not None:
             finetune(current)

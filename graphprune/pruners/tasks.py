@@ -84,7 +84,7 @@ class PruningScheduler(ScheduledPruner):
         self.rewind = reset_weight  # type: ignore[misc]  # of this one
         if task_generator.origin_masks:
             attach_masks(task_generator.origin_model, task_generator.origin_masks)
-        options = {name: value for name, value in pruner.options.model_dump().items() if value is not None}
+        options = {name: getattr(pruner.options, name) for name in pruner.options.model_fields_set}
         example = options.pop("dummy_input", None)
         super().__init__(
             task_generator.origin_model,
