@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 from graphprune.errors import ConfigError
-from graphprune.search.candidate import Job, Origin, Outcome, try_candidate
+from graphprune.search.candidate import Job, Origin, Outcome, Tune, try_candidate
 from graphprune.search.state import Weights
 from speedup.analysis import Analysis
 from speedup.errors import first_line
@@ -21,7 +21,12 @@ class Executor(Protocol):
 
 
 def outcomes(
-    executor: Executor | None, origin: Origin, weights: Weights | None, jobs: Sequence[Job], analysis: Analysis
+    executor: Executor | None,
+    origin: Origin,
+    weights: Weights | None,
+    tune: Tune | None,
+    jobs: Sequence[Job],
+    analysis: Analysis,
 ) -> Iterator[tuple[int, Outcome]]:
     """Yields the place of each job and what came of it, in the order in which they end.
 
@@ -30,9 +35,9 @@ def outcomes(
     """
     if executor is None:
         for place, job in enumerate(jobs):
-            yield place, try_candidate(origin, weights, job, analysis)
+            yield place, try_candidate(origin, weights, tune, job, analysis)
         return
-    places = {executor.submit(try_candidate, origin, weights, job): place for place, job in enumerate(jobs)}
+    places = {executor.submit(try_candidate, origin, weights, tune, job): place for place, job in enumerate(jobs)}
     try:
         for future in as_completed(places):
             yield places[future], _own_error(future)
@@ -63,26 +68,26 @@ def _own_error(future: "Future[Any]") -> Outcome:
 
 
 class _OnRay:
-    """Runs functions on a Ray cluster; models and weights go there once, not with every call."""
+    """Runs functions on a Ray cluster; what is the same from call to call goes there once."""
 
     def __init__(self, ray: Any) -> None:
         self._ray = ray
         self._functions: dict[Any, Any] = {}
-        self._sent: list[tuple[Any, Any]] = []
+        self._sent: dict[int, tuple[Any, Any]] = {}
 
     def submit(self, function: Callable[..., Any], /, *args: Any) -> "Future[Any]":
         """The future result of ``function(*args)``."""
         remote = self._functions.setdefault(function, self._ray.remote(function))
-        future: Future[Any] = remote.remote(*map(self._reference, args)).future()
+        future: Future[Any] = remote.remote(*map(self._reference, range(len(args)), args)).future()
         return future
 
-    def _reference(self, value: Any) -> Any:
-        """The value, or where it is large a reference to it in the object store."""
-        if not isinstance(value, Origin | dict):
-            return value
-        known = [pair for pair in self._sent if pair[0] is value] or [(value, self._ray.put(value))]
-        self._sent = [*[pair for pair in self._sent if pair[0] is not value][-1:], *known]  # the model, and a state
-        return known[0][1]
+    def _reference(self, place: int, value: Any) -> Any:
+        """A reference to the argument at a place in the object store."""
+        known, reference = self._sent.get(place, (None, None))
+        if known is not value or reference is None:
+            reference = self._ray.put(value)
+            self._sent[place] = value, reference
+        return reference
 
 
 @contextmanager
