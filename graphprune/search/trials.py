@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -65,6 +66,8 @@ class Trials:
         journal: File in which everything is written down that was found out, so that a search that was stopped goes on
             where it was; None for none.
         seed: Of everything that is random.
+        modules: Modules that workers of Ray do not have, whose code goes there with what needs it; that of the script
+            that is run does so anyway.
     """
 
     space: Space
@@ -73,6 +76,7 @@ class Trials:
     workers: str | Executor | None = None
     journal: Path | str | None = None
     seed: int = 0
+    modules: Sequence[ModuleType] = ()
 
     def over(self, space: Space) -> "Trials":
         """Returns the same over another space of the model."""
@@ -91,7 +95,7 @@ class Trials:
         """
         header = {"search": search, "minimize": self.minimize, "seed": self.seed, "settings": settings}
         journal = Journal(self.journal, {**header, "model": self.space.fingerprint})
-        with executor_of(self.workers) as executor:
+        with executor_of(self.workers, self.modules) as executor:
             yield Run(self, journal, executor)
 
 
