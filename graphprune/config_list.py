@@ -145,10 +145,8 @@ class Setting:
         """
         most = min(share, self.entry.max_sparsity_per_layer)
         if (self.entry.share or 0.0) > most:
-            raise ConfigError(
-                f"max_sparsity_per_layer {most}: with it no sparsity of {self.entry.share} can be reached. Raise it, or ask "
-                "for less."
-            )
+            fact = f"with it no sparsity of {self.entry.share} can be reached"
+            raise ConfigError(f"max_sparsity_per_layer {most}: {fact}. Raise it, or ask for less.")
         return replace(self, entry=self.entry.model_copy(update={"max_sparsity_per_layer": most}))
 
 

@@ -189,7 +189,7 @@ class Pruner:
         """
         gone = attached_masks(self.model)
         if self._before is None:
-            self._before = {name: mask.clone() for name, mask in gone.items()}
+            self._before = gone
         if self.structured:
             named = dict(self.model.named_parameters(remove_duplicate=False))
             with self.finder.holding({name: named[name] * mask for name, mask in gone.items()}):
@@ -197,14 +197,17 @@ class Pruner:
                     settings, evidence, scores=self._scores, before=self.selection
                 )
         else:
-            asked = {layer: one for layer, one in settings.items() if one.entry.share is not None}
+            asked = {layer: one for layer, one in settings.items() if one.entry.exclude or one.entry.share is not None}
             found = self.finder.elements(asked, scores=self._scores, gone=gone)
             found |= {layer: masks for layer, masks in self._soft.items() if layer not in asked}
-        before = self._before
-        found = by_layer({name: mask * before.get(name, 1.0) for name, mask in flat_masks(found)})
+        found = by_layer({name: self._with_those_before(name, mask) for name, mask in flat_masks(found)})
         attach_masks(self.model, found)
         self.masks.clear()
         self.masks.update(found)
+
+    def _with_those_before(self, name: str, mask: Tensor) -> Tensor:
+        before = (self._before or {}).get(name)
+        return mask if before is None else mask * before.to(mask)
 
     def watch(self) -> None:
         """Begins to look on while somebody else's loop runs the model, if the algorithm looks at more than weights."""

@@ -51,7 +51,9 @@ def element_masks(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     holders: dict[int, list[Setting]] = {}
     for layer, setting in settings.items():
-        for name in weight_names(model, layer):
+        module = model.get_submodule(layer)
+        excluded = [f"{layer}.{name}" for name, _ in module.named_parameters(recurse=False)]
+        for name in excluded if setting.entry.exclude else weight_names(model, layer):
             holders.setdefault(id(parameters[name]), []).append(setting)
     masks: dict[str, Tensor] = {}
     for entry, layers in _by_entry(settings):
