@@ -497,6 +497,14 @@ def test_groups_without_example_inputs_and_with() -> None:
         assert set(speedup.reconciled.values()) == {0}
 
 
+@pytest.mark.parametrize(("sparsity", "gone"), [(0.1, 0), (0.3, 8), (0.5, 8)])
+def test_groups_by_themselves_lose_what_is_nearest(sparsity: float, gone: int) -> None:
+    """Eight groups of two outputs: 0, 8 or 16 of them are as many of each."""
+    model = nn.Sequential(conv(3, 16), conv(16, 16, groups=8), conv(16, 2))
+    _, masks = pruners.L1NormPruner(model, [{"op_names": ["1"], "sparsity": sparsity}]).compress()
+    assert 16 - len(kept(masks, "1")) == gone
+
+
 class Tied(nn.Module):
     """An embedding whose weight the last layer has too."""
 

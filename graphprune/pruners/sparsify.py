@@ -220,9 +220,9 @@ def _counts(
 
 
 def _without_lowest(values: Tensor, count: int, parts: int = 1) -> Tensor:
-    """A mask in the shape of ``values`` without the ``count`` lowest, or as many more as go of equal parts alike."""
+    """A mask in the shape of ``values`` without the ``count`` lowest, or so many nearby that equal parts lose alike."""
     rows = values.reshape(parts, -1)
-    order = rows.argsort(dim=1, stable=True)[:, : min(-(-count // parts), rows.shape[1] - 1)]
+    order = rows.argsort(dim=1, stable=True)[:, : min((2 * count + parts) // (2 * parts), rows.shape[1] - 1)]
     return torch.ones_like(rows).scatter_(1, order, 0.0).reshape(values.shape)
 
 
