@@ -548,6 +548,96 @@ def test_groups_without_example_inputs_and_with() -> None:
         assert set(speedup.reconciled.values()) == {0}
 
 
+@pytest.mark.parametrize(("sparsity", "gone"), [(0.1, 0), (0.3, 8), (0.5, 8)])
+def test_groups_by_themselves_lose_what_is_nearest(sparsity: float, gone: int) -> None:
+    """Eight groups of two outputs: 0, 8 or 16 of them are as many of each."""
+    model = nn.Sequential(conv(3, 16), conv(16, 16, groups=8), conv(16, 2))
+    _, masks = pruners.L1NormPruner(model, [{"op_names": ["1"], "sparsity": sparsity}]).compress()
+    assert 16 - len(kept(masks, "1")) == gone
+
+
+class Tied(nn.Module):
+    """An embedding whose weight the last layer has too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Embedding(10, 8), nn.Linear(8, 10, bias=False)
+        self.out.weight = self.into.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.into(x))
+
+
+def zeros(weight: Tensor) -> int:
+    return int((weight == 0).sum())
+
+
+@pytest.mark.parametrize(
+    ("entry", "gone"),
+    [({"exclude": True}, 0), ({"sparsity": 0.25}, 20), ({"sparsity": 0.9}, 40), ({"sparsity": 0.5}, 40)],
+)
+def test_a_tied_weight_loses_the_least_that_is_asked(entry: dict[str, Any], gone: int) -> None:
+    model = Tied()
+    pruners.LevelPruner(model, [{"op_types": ELEMENTS, "sparsity": 0.5}, {"op_names": ["out"], **entry}]).compress()
+    assert zeros(model.out.weight) == zeros(model.into.weight) == gone
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_weight_normalised_by_a_hook_loses_what_is_asked() -> None:
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 8)))
+    pruners.LevelPruner(model, [{"op_types": ["Linear"], "sparsity": 0.5}]).compress()
+    model(torch.randn(1, 8))
+    assert zeros(model[0].weight) == 32 and list(attached_masks(model)) == ["0.weight_v"]
+
+
+def test_norms_of_tied_layers_are_added() -> None:
+    """2, 1.5, 10 and 10 are the sums of norms; the norms of both slices together would be lowest for the first."""
+    net = Net(lambda n, x: n.o((n.a(x) + n.b(x)).relu().mean((2, 3))), a=conv(3, 4), b=conv(3, 4), o=nn.Linear(4, 2))
+    with torch.no_grad():
+        for layer, sizes_ in ((net.a, (1, 0, 5, 5)), (net.b, (1, 1.5, 5, 5))):
+            layer.weight.zero_()
+            layer.weight[:, 0, 0, 0] = torch.tensor(sizes_)
+    _, masks = pruners.L2NormPruner(net, [{"op_types": CONVS, "sparsity": 0.25}], dummy_input=image()).compress()
+    assert kept(masks, "a") == kept(masks, "b") == [0, 2, 3]
+
+
+def test_single_elements_stay_masked_when_channels_go() -> None:
+    model = small()
+    pruners.LevelPruner(model, [{"op_types": CONVS, "sparsity": 0.5}]).compress()
+    before = {name: mask == 0 for name, mask in attached_masks(model).items()}
+    pruners.L1NormPruner(model, [{"op_types": CONVS, "sparsity": 0.25}], dummy_input=X[:2]).compress()
+    assert before and all(bool((model.get_submodule(n[:-7]).weight[gone] == 0).all()) for n, gone in before.items())
+
+
+class Twice(nn.Module):
+    """One layer under two names, called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.out = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 3)
+        self.again = self.inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.again(self.inner(self.first(x).relu()).relu()).mean((2, 3)))
+
+
+@pytest.mark.parametrize("names", [["first", "inner"], ["first", "again"], ["first", "inner", "again"]])
+def test_a_layer_under_two_names(names: list[str]) -> None:
+    torch.manual_seed(0)
+    model = Twice().eval()
+    _, masks = pruners.L1NormPruner(model, [{"op_names": names, "sparsity": 0.5}], dummy_input=X[:2]).compress()
+    shrunk = ModelSpeedup(model, X[:2], masks).speedup_model()
+    assert shrunk.inner.weight.shape == (4, 4, 3, 3)
+    torch.testing.assert_close(shrunk(X), model(X))
+
+
+def test_masks_of_a_layer_under_its_other_name() -> None:
+    model = Twice().eval()
+    _, masks = pruners.LevelPruner(model, [{"op_names": ["inner"], "sparsity": 0.5}]).compress()
+    assert list(masks) in (["inner"], ["again"])
+    torch.testing.assert_close(ModelSpeedup(model, X[:2], masks).speedup_model()(X), model(X))
+
+
 # Searches under their users' names -------------------------------------------------------------------------------------
 
 SOME = {"op_types": CONVS, "sparsity": 0.3}

@@ -124,6 +124,7 @@ class Pruner:
         self.selection: Selection | None = None
         self._scores: Weights | None = None
         self._soft: Masks = {}
+        self._before: dict[str, Tensor] | None = None
         self._need = CRITERIA[self.algorithm.criterion or "l1"].need
         self._watching: tuple[Observer, ExitStack] | None = None
 
@@ -181,8 +182,13 @@ class Pruner:
         return self.model, self.masks
 
     def prune(self, settings: Mapping[str, Setting], evidence: Evidence = NOTHING) -> None:
-        """Attaches masks for what is asked of each layer; what is masked already goes first."""
+        """Attaches masks for what is asked of each layer; what is masked already goes first.
+
+        What others have masked before stays masked; what the pruner itself has may come back if less is asked.
+        """
         gone = attached_masks(self.model)
+        if self._before is None:
+            self._before = gone
         if self.structured:
             named = dict(self.model.named_parameters(remove_duplicate=False))
             with self.finder.holding({name: named[name] * mask for name, mask in gone.items()}):
@@ -190,12 +196,17 @@ class Pruner:
                     settings, evidence, scores=self._scores, before=self.selection
                 )
         else:
-            asked = {layer: one for layer, one in settings.items() if one.entry.share is not None}
+            asked = {layer: one for layer, one in settings.items() if one.entry.exclude or one.entry.share is not None}
             found = self.finder.elements(asked, scores=self._scores, gone=gone)
             found |= {layer: masks for layer, masks in self._soft.items() if layer not in asked}
+        found = by_layer({name: self._with_those_before(name, mask) for name, mask in flat_masks(found)})
         attach_masks(self.model, found)
         self.masks.clear()
         self.masks.update(found)
+
+    def _with_those_before(self, name: str, mask: Tensor) -> Tensor:
+        before = (self._before or {}).get(name)
+        return mask if before is None else mask * before.to(mask)
 
     def watch(self) -> None:
         """Begins to look on while somebody else's loop runs the model, if the algorithm looks at more than weights."""

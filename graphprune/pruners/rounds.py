@@ -17,7 +17,7 @@ from graphprune.schedule import Schedule, at_round
 from graphprune.training.fit import evaluated
 from graphprune.training.loop import in_place
 from speedup.inputs import ExampleInputs
-from speedup.masking import attach_masks, flat_masks, without_masks
+from speedup.masking import attach_masks, beneath_masks, flat_masks, without_masks
 from speedup.masks import ModelSpeedup
 
 Work = Callable[[nn.Module], Any]
@@ -77,7 +77,7 @@ def in_rounds(
     settings, dense = pruner.settings, pruner.model
     current = copy.deepcopy(dense)
     pruner = pruner.following(current)
-    first = {name: tensor.detach().clone() for name, tensor in current.state_dict().items()}
+    first = {name: tensor.detach().clone() for name, tensor in beneath_masks(current.state_dict()).items()}
     if rewind and finetune is not None:
         in_place(current, finetune)
     for number in range(1, rounds + 1):
@@ -96,7 +96,7 @@ def in_rounds(
         if rewind:
             with torch.no_grad():
                 for name, tensor in current.state_dict(keep_vars=True).items():
-                    if name in first:  # masks are not
+                    if name in first:
                         tensor.copy_(first[name])
         if finetune is not None:
             in_place(current, finetune)

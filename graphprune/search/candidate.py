@@ -54,18 +54,16 @@ class Origin:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A candidate: what is left of the model, how it is trained, and the seed of everything random in both.
+    """A candidate: what is left of the model, and the seed of everything random in its training and evaluation.
 
     Attributes:
         live: The classes that are left, shape (classes,).
         seed: Of torch, numpy and random.
-        tune: Trains the shrunk model before it is evaluated; None if nothing does.
         scored: Whether it is evaluated.
     """
 
     live: Mask
     seed: int
-    tune: Tune | None = None
     scored: bool = True
 
 
@@ -77,12 +75,15 @@ class Outcome:
     weights: Weights | None
 
 
-def try_candidate(origin: Origin, weights: Weights | None, job: Job, analysis: Analysis | None = None) -> Outcome:
+def try_candidate(
+    origin: Origin, weights: Weights | None, tune: Tune | None, job: Job, analysis: Analysis | None = None
+) -> Outcome:
     """Returns what comes of a candidate: a function of its arguments alone, wherever it runs.
 
     Args:
         origin: What all candidates have in common.
         weights: The dense model's tensors in the state from which the candidate starts; None for those it came with.
+        tune: Trains the shrunk model before it is evaluated; None if nothing does.
         job: The candidate.
         analysis: The dense model's analysis where that is at hand.
 
@@ -96,9 +97,9 @@ def try_candidate(origin: Origin, weights: Weights | None, job: Job, analysis: A
         raise ModelError("model: a worker captures it differently. Use the same versions of everything there.")
     with seeded(job.seed, origin.threads):
         model = shrunk_model(analysis, job.live, weights)
-        if job.tune is not None:
-            in_place(model, job.tune)
-        found = tensors_after(model) if job.tune is not None else None
+        if tune is not None:
+            in_place(model, tune)
+        found = tensors_after(model) if tune is not None else None
         return Outcome(checked_score(origin.evaluate(model.eval())) if job.scored else None, found)
 
 

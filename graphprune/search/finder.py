@@ -77,7 +77,8 @@ class Finder:
         space = Space.of(
             source.model, source.example_inputs, criterion=request.criterion, calibrate=calibrate, **options
         )
-        trials = Trials(space, source.evaluate or _nothing, False, self.workers, self.journal, request.seed)
+        evaluate = source.evaluate or _nothing
+        trials = Trials(space, evaluate, False, self.workers, self.journal, request.seed, source.modules)
         if self.search is not None:
             towards = None if training is None else self._towards(space, training)
             return SEARCHES[self.search](trials, request.sparsity, tune, towards).result
@@ -114,7 +115,7 @@ def analysed(
     calibrate = None if source.training is None else _Tune(source.training.first(20), 1)
     options = {"criterion": criterion, "calibrate": calibrate, "seed": seed, "round_to": 1}
     space = stage("analyse", Space.of, source.model, source.example_inputs, **options)
-    trials = Trials(space, source.evaluate, False, workers, journal, seed)
+    trials = Trials(space, source.evaluate, False, workers, journal, seed, source.modules)
     return space, stage("evaluate", sensitivity, trials, shares)
 
 
