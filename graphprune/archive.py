@@ -21,7 +21,7 @@ from torch.utils._sympy import functions
 
 from graphprune.errors import ModelError
 from speedup.errors import first_line
-from speedup.program import quiet
+from speedup.program import quiet, write_program
 
 _DISTRUST = "Do not use this file; compress the model again."
 _MEMBERS = re.compile(
@@ -46,7 +46,7 @@ def save_program(program: ExportedProgram, path: Path) -> None:
         ModelError: It takes, returns or holds something that no archive can store.
     """
     try:
-        torch.export.save(program, path)
+        write_program(program, path)
     except OSError:
         raise
     except Exception as error:  # torch.export has no common error class

@@ -22,6 +22,7 @@ from graphprune.evidence import Evidence, gather
 from graphprune.groups import ChannelGroup, Member
 from graphprune.kinds import MEANINGS
 from graphprune.report import Report, build_report
+from graphprune.schedule import check_followed
 from graphprune.select import Selection, select
 from graphprune.targets import Target
 from speedup.analysis import Analysis, analyse
@@ -242,10 +243,21 @@ _UNFIT = "code does not fit a smaller"
 
 
 def target_of(
-    analysis: Analysis, request: Request, unfit: Mapping[str, str] = MappingProxyType({})
+    analysis: Analysis,
+    request: Request,
+    unfit: Mapping[str, str] = MappingProxyType({}),
+    *,
+    grows: bool = False,
 ) -> Callable[[ChannelGroup], Target | str]:
-    """Returns the function that says what is asked of a group, or why it is left alone: by kind, or by module."""
-    share = _share(analysis, request)
+    """Returns the function that says what is asked of a group, or why it is left alone: by kind, or by module.
+
+    Args:
+        analysis: The model.
+        request: What is asked.
+        unfit: Modules that are left alone because code does not fit smaller ones, and why.
+        grows: Whether what is asked is reached in rounds, so that a config list may say with how much they begin.
+    """
+    share = _share(analysis, request, grows)
     model = analysis.captured.model
     modules_by_name = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     excluded, wanted = (_matching(modules_by_name, patterns) for patterns in (request.exclude, request.only))
@@ -277,11 +289,12 @@ def target_of(
     return target
 
 
-def _share(analysis: Analysis, request: Request) -> Callable[[ChannelGroup], Target | str]:
+def _share(analysis: Analysis, request: Request, grows: bool) -> Callable[[ChannelGroup], Target | str]:
     """The function that says how much of a group goes: as much as of all others, or what a config list says."""
     together, relative = request.scope == "global", not CRITERIA[request.criterion].absolute
     if request.config_list is not None:
         settings = read_config_list(analysis.captured.model, request.config_list)
+        check_followed(settings, grows=grows)
         return listed_target(analysis, settings, together=together, relative=relative)
     wanted = Target(request.sparsity, ranking="all" if together else None, relative=relative)
     return lambda group: wanted

@@ -1,9 +1,9 @@
 """What was asked, validated before anything is done."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
@@ -11,8 +11,59 @@ from graphprune.criteria import CRITERIA
 from graphprune.errors import ConfigError
 from graphprune.kinds import KINDS, Kind
 
+S = TypeVar("S", bound="Said")
 
-class Request(BaseModel):
+
+class Said(BaseModel):
+    """What a user says, each value under its name and validated."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def of(cls: type[S], **values: Any) -> S:
+        """Returns what these values say.
+
+        Raises:
+            ConfigError: A value makes no sense; one line that names it and what would.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            if not first["loc"]:  # about several values
+                raise ConfigError(f"{first['ctx']['error']}.") from error
+            name = str(first["loc"][0])
+            if first["type"] == "extra_forbidden":
+                known = list(cls.model_fields)
+                raise ConfigError(
+                    f"{name}: is no option{closest(name, known)}. Use some of {', '.join(known)}."
+                ) from error
+            raise ConfigError(f"{name} {values.get(name)!r:.60}: {fact_of(first)}.") from error
+
+
+_FACTS: Mapping[str, str] = {
+    "int": "is no whole number. Use one such as 8",
+    "float": "is no number. Use one such as 0.5",
+    "bool": "is neither true nor false. Use one of them",
+    "string": "is no text. Use a name",
+    "path": "is no name of a file. Use one",
+    "tuple": "is no list. Give one, in brackets",
+}
+"""What is wrong with a value, and what would be right, by the type that it should have."""
+
+
+def fact_of(error: Mapping[str, Any]) -> str:
+    """Returns what is wrong with one value, and what would be right, from an error of pydantic."""
+    kind = str(error["type"])
+    if kind == "value_error":
+        return str(error["ctx"]["error"])
+    if kind == "literal_error":
+        return f"input should be {error['ctx']['expected']}. Use one of them"
+    told = f"{error['msg'][0].lower()}{error['msg'][1:]}. Use another value"
+    return _FACTS.get(kind.partition("_")[0], told)
+
+
+class Request(Said):
     """What a user asks of :func:`graphprune.compress`.
 
     Attributes:
@@ -35,8 +86,6 @@ class Request(BaseModel):
         config_list: What is asked of which layers, in the form of NNI, instead of one sparsity for all; everything else
             holds beside it, and ``global`` ranks together what it selects.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     sparsity: float = 0.5
     criterion: str = "l1"
@@ -89,6 +138,13 @@ class Request(BaseModel):
             raise ValueError("is not in [0, 2**63). Use a number such as 0")
         return value
 
+    @field_validator("config_list", mode="before")
+    @classmethod
+    def _entries_are_listed(cls, value: Any) -> Any:
+        if value is not None and not isinstance(value, list | tuple):
+            raise ValueError("is no list of entries. Give a list of dictionaries")
+        return value
+
     @field_validator("exclude", "only", mode="before")
     @classmethod
     def _names_are_several(cls, value: Any) -> Any:
@@ -111,44 +167,38 @@ class Request(BaseModel):
         wanted = frozenset(kind for kind, value in told.items() if value)
         return wanted or frozenset(kind for kind, value in told.items() if value is None)
 
-    @classmethod
-    def of(cls, **values: Any) -> "Request":
-        """Returns the request with these values.
 
-        Raises:
-            ConfigError: A value makes no sense; one line that names it and what would.
-        """
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            if not first["loc"]:  # about several values
-                raise ConfigError(f"{first['ctx']['error']}.") from error
-            name = str(first["loc"][0])
-            shown = values.get(name)
-            if first["type"] == "value_error":
-                raise ConfigError(f"{name} {shown!r}: {first['ctx']['error']}.") from error
-            raise ConfigError(f"{name} {shown!r}: {first['msg'][0].lower()}{first['msg'][1:]}.") from error
-
-
-def read_request(data: Any, path: Path) -> dict[str, Any]:
+def read_request(data: Any, path: Path, *others: type[Said]) -> dict[str, Any]:
     """Returns the fields of a request that a file has: a config list, or ``config_list`` and others by their names.
 
     Args:
         data: What the file holds.
         path: The file.
+        *others: What else it may have the fields of.
 
     Raises:
-        ConfigError: It holds something else.
+        ConfigError: It holds something else, or a value that makes no sense.
     """
     values = {"config_list": data} if isinstance(data, list) else data
-    known = list(Request.model_fields)
+    kinds: tuple[type[Said], ...] = (Request, *others)
+    known = [name for kind in kinds for name in kind.model_fields]
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds {data!r:.60}. Give a config list, or pruning in the form of LPOT.")
     for key in values:
         if key not in known:
             near = closest(str(key), ["pruning", *known])
             raise ConfigError(f"{path}: {key!r:.60} is no key of it{near}. Use pruning, or some of {', '.join(known)}.")
+        if values[key] is None:
+            raise ConfigError(f"{path}: {key}: holds nothing. Give it a value, or leave it out.")
+    if "config_list" in values and "sparsity" in values:
+        raise ConfigError(f"sparsity: is said by the config_list of {path}. Leave it out.")
+    if values.get("config_list") == []:
+        raise ConfigError(f"{path}: config_list []: is no list of entries. Give a list of dictionaries.")
+    for kind in kinds:
+        try:
+            kind.of(**{name: value for name, value in values.items() if name in kind.model_fields})
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
     return values
 
 

@@ -284,7 +284,9 @@ def target_of(
                 most=first.entry.max_sparsity_per_layer,
                 weight=elements / group.units,
                 relative=relative,
+                initial=first.entry.initial_sparsity,
             )
-        return Target(min(one.entry.share or 0.0 for one in asked.values()))
+        least = min((one.entry for one in asked.values()), key=lambda entry: entry.share or 0.0)
+        return Target(least.share or 0.0, initial=least.initial_sparsity)
 
     return target

@@ -16,7 +16,7 @@ from graphprune.blueprint import Blueprint, described
 from graphprune.compress import Calibrate, Progress, Result, Stages, compress
 from graphprune.config import Request
 from graphprune.errors import ConfigError
-from graphprune.folder import replacing
+from graphprune.folder import replacing, writing
 from graphprune.report import Report
 from graphprune.source import Source
 from graphprune.training import Training
@@ -81,7 +81,8 @@ def deliver(
     stage = Stages(progress)
     with replacing(folder, force=force) as draft:
         before = stage("evaluate", source.evaluate, source.model) if source.evaluate else None
-        calibrate = None if source.training is None else partial(_epoch, source.training.first(request.batches))
+        training = None if source.training is None else source.training.first(request.batches)
+        calibrate = None if training is None else source.in_training(partial(_epoch, training, request.seed))
         if find is not None:
             result = stage("search", find, source, request, calibrate)
         else:
@@ -89,10 +90,12 @@ def deliver(
                 source.model, source.example_inputs, calibrate=calibrate, progress=progress, **request.model_dump()
             )
         stage.seconds |= result.report["seconds"]
-        exported = stage("export", _export, source, result, draft, opset)
+        with writing(folder):
+            exported = stage("export", _export, source, result, draft, opset)
         latency = stage("measure", _latency, exported, draft, threads, limits) if limits else None
         after = stage("evaluate", source.evaluate, result.model) if source.evaluate else None
-        stage("write", _write, result, draft)
+        with writing(folder):
+            stage("write", _write, result, draft)
         report: Report = {
             "source": {
                 "model": source.text,
@@ -109,12 +112,13 @@ def deliver(
             **facts,
         }
         report["sha256"] = files.digest(report)
-        (draft / files.REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
+        with writing(folder):
+            (draft / files.REPORT).write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
     return Delivery(folder, report, result)
 
 
-def _epoch(training: Training, model: nn.Module) -> None:
-    fit(model, training, 1)
+def _epoch(training: Training, seed: int, model: nn.Module) -> None:
+    fit(model, training, 1, seed=seed)
 
 
 def _export(source: Source, result: Result, draft: Path, opset: int | None) -> dict[str, ModelFile]:

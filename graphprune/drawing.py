@@ -104,12 +104,24 @@ def _write_graphml(dependencies: DependencyGraph, path: Path) -> None:
     ElementTree.ElementTree(root).write(path, encoding="utf-8", xml_declaration=True)
 
 
+def check_plot(path: Path) -> None:
+    """Refuses what :func:`plot_scores` could not draw to.
+
+    Raises:
+        ConfigError: The suffix names no format, or matplotlib is missing.
+    """
+    known = _matplotlib("figure", path).Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in known:
+        raise ConfigError(f"{path}: no plot has the suffix {path.suffix!r}. Use .svg, .png or .pdf.")
+
+
 def plot_scores(dense: float, scores: Mapping[str, Mapping[float, float]], path: Path) -> None:
     """Draws the score of a model against the share that goes of one channel group, a line for each group.
 
     Raises:
         ConfigError: The suffix names no format, the file cannot be written, or matplotlib is missing.
     """
+    check_plot(path)
     figure = _matplotlib("figure", path).Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="share of the channels that goes", ylabel="score")
     for name, row in scores.items():
@@ -119,8 +131,6 @@ def plot_scores(dense: float, scores: Mapping[str, Mapping[float, float]], path:
         figure.savefig(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror or error}). Name another file.") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: no plot has the suffix {path.suffix!r}. Use .svg, .png or .pdf.") from error
 
 
 def _matplotlib(module: str, path: Path) -> Any:

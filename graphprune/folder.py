@@ -57,23 +57,35 @@ def replacing(folder: Path, *, force: bool = False) -> Iterator[Path]:
     check_free(folder, force=force)
     target = folder.absolute()
     draft, former = (target.with_name(f".{target.name}-{kind}-{secrets.token_hex(4)}") for kind in ("new", "old"))
-    try:
+    with writing(folder):
         draft.mkdir()
-    except OSError as error:
-        raise _unwritable(folder, error) from error
     try:
         yield draft
-        if target.exists():
-            target.rename(former)
-        try:
-            draft.rename(target)
-        except OSError as error:
-            if former.exists():
-                former.rename(target)
-            raise _unwritable(folder, error) from error
+        with writing(folder):
+            if target.exists():
+                target.rename(former)
+            try:
+                draft.rename(target)
+            except OSError:
+                if former.exists():
+                    former.rename(target)
+                raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(former, ignore_errors=True)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns what cannot be written into ``folder``, because a disk is full or forbidden, into one line.
+
+    Raises:
+        ConfigError: Something cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written ({error.strerror or error}). Use another --out.") from error
 
 
 def check_free(folder: Path, *, force: bool) -> None:
@@ -152,7 +164,3 @@ def _captured(model: nn.Module, blueprint: Blueprint, example_inputs: ExampleInp
         raise ModelError("plan.json: some inputs have names and some have none. Give example_inputs to load().")
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     return capture(model, torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(device), kwargs or args))
-
-
-def _unwritable(folder: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"{folder}: cannot be written ({error.strerror or error}). Use another --out.")

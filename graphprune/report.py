@@ -65,6 +65,7 @@ def build_report(
             "obstacle": shrunk.obstacle,
             "repairs": [asdict(repair) for repair in shrunk.repairs],
         },
+        "note": None,
         "proof": None if proof is None else asdict(proof),
         "seconds": dict(seconds),
         "versions": versions(),

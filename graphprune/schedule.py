@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 
 from graphprune.config_list import Entry, Setting
+from graphprune.errors import ConfigError
 
 Schedule = Callable[[float, float, float, float], float]
 """From the sparsities at the beginning and the end, a round and their number, to the sparsity after that round."""
@@ -72,6 +73,39 @@ def grown(
     passed, span = min(time, end) - start, end - start
     step = passed if passed == span else math.floor(passed / frequency + 1e-9) * frequency
     return schedule(initial, final, step, span)
+
+
+_OF_EPOCHS = ("start_epoch", "end_epoch", "frequency", "prune_iterations")
+
+
+def check_followed(settings: Mapping[str, Setting], *, grows: bool) -> None:
+    """Refuses what a config list says of the time where nothing goes by it.
+
+    Args:
+        settings: What is asked of each layer.
+        grows: Whether there are rounds in which sparsity grows from the initial one.
+
+    Raises:
+        ConfigError: An entry has a key that would have no effect, or begins with more than it ends with.
+    """
+    for setting in settings.values():
+        entry, subject = setting.entry, f"config_list[{setting.position}]"
+        for key in _OF_EPOCHS:
+            if key in entry.model_fields_set:
+                raise ConfigError(
+                    f"{subject}: {key} has no effect where no loop of epochs is followed. Leave it out, or use a "
+                    "pruner of graphprune.pruners in your loop."
+                )
+        if "initial_sparsity" in entry.model_fields_set and not grows:
+            raise ConfigError(
+                f"{subject}: initial_sparsity has no effect without rounds in which sparsity grows. Leave it out, or "
+                "give --schedule linear, agp or lottery_ticket."
+            )
+        if entry.initial_sparsity > (entry.share or 0.0) and not entry.exclude:
+            raise ConfigError(
+                f"{subject}: initial_sparsity {entry.initial_sparsity} is above the sparsity {entry.share}, and what "
+                "is gone does not come back. Give a lower one."
+            )
 
 
 def at_round(

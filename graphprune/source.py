@@ -1,6 +1,8 @@
 """A model from where its user keeps it: a file or a package, weights beside it, and example inputs."""
 
+import ast
 import copy
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -25,8 +27,10 @@ from torch.utils import _pytree as pytree
 from graphprune.checkpoints.skeleton import Skeleton, parameters_on_meta
 from graphprune.config import closest
 from graphprune.errors import ConfigError, ModelError
+from graphprune.search.candidate import number_in
 from graphprune.training import Training
 from graphprune.weights import load_weights
+from speedup.errors import SpeedupError
 from speedup.inputs import ExampleInputs
 
 Evaluate = Callable[[nn.Module], float]
@@ -48,6 +52,8 @@ class Source:
         training: How such a model is trained; None if there is no such function.
         modules: Its module, and those imported from the same folder or from others that its code puts on ``sys.path``:
             other processes cannot import them.
+        code: Digest of the code in the file that all of this comes from; comments and blanks do not count.
+        folder: Where its code finds what it imports.
     """
 
     name: str
@@ -57,6 +63,38 @@ class Source:
     evaluate: Evaluate | None
     training: Training | None = None
     modules: tuple[ModuleType, ...] = ()
+    code: str = ""
+    folder: Path = Path()
+
+    def in_training(self, work: Callable[..., Any]) -> "InTraining":
+        """Returns the same work, where mistakes of ``training()`` are named."""
+        return InTraining(self.text, self.folder, work)
+
+
+@dataclass(frozen=True)
+class InTraining:
+    """Work that runs a user's training; a value, so that it can go to a worker.
+
+    Attributes:
+        text: What says how to train: a model's file, or one that describes it.
+        folder: Where its code finds what it imports.
+        work: The work.
+        fact: What to say of it where something goes wrong.
+    """
+
+    text: str
+    folder: Path
+    work: Callable[..., Any]
+    fact: str = "raises while it trains as training() says"
+
+    def __call__(self, *args: Any) -> Any:
+        """What the work returns.
+
+        Raises:
+            ModelError: Something goes wrong in the user's code or data; one line that names the place.
+        """
+        with _importing_from(self.folder), _blaming(self.text, self.fact, but=SpeedupError):
+            return self.work(*args)
 
 
 def load_source(
@@ -101,6 +139,8 @@ def load_source(
         evaluate=_guarded(evaluate, folder, text) if callable(evaluate) else None,
         training=training,
         modules=(*((module,) if path else ()), *_modules_from(homes)),
+        code=_digest(module),
+        folder=folder,
     )
 
 
@@ -118,6 +158,15 @@ def load_skeleton(text: str, *, inputs: Sequence[str] = (), seed: int = 0) -> tu
         skeleton = Skeleton.of(lambda: _build(module, name, text))
         example = _drawn(inputs, skeleton.model) if inputs else _offered(module, text)
     return name.rpartition(".")[2] or Path(str(module.__file__)).stem, skeleton, example
+
+
+def _digest(module: ModuleType) -> str:
+    """Returns the SHA-256 of what the code of a module means; nothing for one whose code is not there."""
+    try:
+        text = inspect.getsource(module)
+    except (OSError, TypeError):
+        return ""
+    return hashlib.sha256(ast.dump(ast.parse(text)).encode()).hexdigest()
 
 
 def _split(text: str) -> tuple[Path | None, str]:
@@ -275,13 +324,12 @@ def _guarded(evaluate: Callable[[nn.Module], Any], folder: Path, text: str) -> E
     def guarded(model: nn.Module) -> float:
         with _importing_from(folder), _blaming(text, "raises in evaluate()"):
             value = evaluate(copy.deepcopy(model).eval())
-        if isinstance(value, Tensor) and value.numel() == 1:
-            value = value.item()
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        number = number_in(value)
+        if number is None:
             raise ModelError(f"{text}: evaluate() gives {type(value).__name__}. Return one number.")
-        if math.isnan(value):
-            raise ModelError(f"{text}: evaluate() gives nan. Return a number.")
-        return float(value)
+        if not math.isfinite(number):
+            raise ModelError(f"{text}: evaluate() gives {number}. Return a finite number.")
+        return number
 
     return guarded
 
@@ -299,10 +347,12 @@ def _training(module: ModuleType, folder: Path, text: str) -> Training | None:
 
 
 @contextmanager
-def _blaming(text: str, fact: str) -> Iterator[None]:
-    """Turns whatever the user's code raises into one line that names the place."""
+def _blaming(text: str, fact: str, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """Turns whatever the user's code raises into one line that names the place, ``but`` what is one line already."""
     try:
         yield
+    except but:
+        raise
     except (Exception, SystemExit) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         told = f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__

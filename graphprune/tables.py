@@ -202,7 +202,12 @@ def _proof(report: Report) -> str:
 
 
 def _warnings(report: Report) -> list[str]:
-    unused = _of_config(report) + [f"{name} is used by no forward and stays as it is." for name in report["unused"][:3]]
+    missed = [f"{report['note']}."] if report["note"] else []
+    unused = (
+        missed
+        + _of_config(report)
+        + [f"{name} is used by no forward and stays as it is." for name in report["unused"][:3]]
+    )
     exported = [f"{name}: {one['note']}" for name, one in report["exports"].items() if one["note"]]
     return unused + exported + list(report["latency"]["warnings"] if report["latency"] else ())
 

@@ -19,6 +19,7 @@ class Target:
         most: Largest share of its own units that goes where it is ranked with others, in [0, 1].
         weight: What each of its units counts in the share of a ranking.
         relative: Whether a ranking compares scores divided by their mean in the group, instead of scores as they are.
+        initial: Share that goes where rounds begin, in [0, sparsity].
     """
 
     sparsity: float
@@ -26,6 +27,7 @@ class Target:
     most: float = 1.0
     weight: float = 1.0
     relative: bool = True
+    initial: float = 0.0
 
 
 def units_to_keep(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from graphprune.config import closest
 from graphprune.errors import ConfigError, ModelError
+from speedup.errors import first_line
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
@@ -35,11 +36,18 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Writes tensors as safetensors; no two of them may share memory."""
+    """Writes tensors as safetensors; no two of them may share memory.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     path.touch()
     mode = path.stat().st_mode
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(held, path, metadata={"format": "pt", **metadata})
+    try:
+        save_file(held, path, metadata={"format": "pt", **metadata})
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(first_line(error)) from error
     path.chmod(mode)  # safetensors makes files that nobody else may read
 
 

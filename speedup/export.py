@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from speedup.agreement import TOLERANCE, Agreement, compare, tensors, weights
 from speedup.errors import ExportError, SpeedupError, first_line
 from speedup.inputs import ExampleInputs, attempts, batch_size, carries_batch, split_inputs
-from speedup.program import evaluating, quiet, to_program
+from speedup.program import evaluating, quiet, to_program, write_program
 from speedup.session import NUMPY_TYPES, ORT_ERRORS, NoKernel, one_line, open_session
 
 OPSETS = range(18, 26)
@@ -107,7 +107,9 @@ def export_pt2(model: nn.Module, example_inputs: ExampleInputs, path: Path | str
 
     def write(program: ExportedProgram, draft: Path, batches: Sequence[int]) -> Agreement:
         try:
-            torch.export.save(program, draft)
+            write_program(program, draft)
+        except OSError:
+            raise
         except Exception as error:  # what cannot be serialised has no common error class
             raise ExportError(
                 f"{type(model).__name__}: torch.export cannot save it ({first_line(error)}). Take and return plain "

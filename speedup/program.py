@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,18 @@ from speedup.inputs import batch_size, carries_batch
 from speedup.symbolic import depends_on_data
 
 T = TypeVar("T")
+
+
+def write_program(program: ExportedProgram, path: Path) -> None:
+    """Writes a program for ``torch.export.load``; made in memory, for PyTorch ends the process where a disk is full.
+
+    Raises:
+        OSError: The file cannot be written.
+        Exception: The program holds something that no archive can store; what that raises has no common class.
+    """
+    archive = io.BytesIO()
+    torch.export.save(program, archive)
+    path.write_bytes(archive.getbuffer())
 
 
 def to_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, dynamic: bool) -> ExportedProgram:

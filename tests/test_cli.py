@@ -244,6 +244,18 @@ def test_a_folder_that_cannot_be_written(place: Path, monkeypatch: pytest.Monkey
     assert complaint(result) == "net-pruned: cannot be written (Permission denied). Use another --out."
 
 
+@pytest.mark.parametrize("call", ["Path.write_bytes", "Path.write_text"])
+def test_a_full_disk(place: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def full(self: Path, *rest: Any, **more: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, call.partition(".")[2], full)
+    result = run("compress", "net.py", *QUICK)
+    assert result.exit_code == 2
+    assert complaint(result) == "net-pruned: cannot be written (No space left on device). Use another --out."
+    assert {path.name for path in place.iterdir()} <= {"net.py", "__pycache__"}
+
+
 def test_a_bug_keeps_its_traceback(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def bug(*words: Any, **more: Any) -> None:
         raise IndexError("a bug")

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_cli import NET, run
+from test_cli import NET, complaint, run
 from test_rules import one_thread
 
 import graphprune
 from graphprune.cli import app
+from graphprune.search import Episodes, Schedule, amc, annealing
 
 LEARNS = (
     NET
@@ -37,6 +38,12 @@ def training():
 """
 )
 
+TWO = LEARNS.replace(
+    "self.head = nn.Linear(width, 4)", "self.neck, self.head = nn.Linear(width, 8), nn.Linear(8, 4)"
+).replace(
+    "self.head((x + self.body(x).relu()).mean((2, 3)))", "self.head(self.neck((x + self.body(x).relu()).mean((2, 3))))"
+)
+
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
@@ -48,8 +55,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield tmp_path
 
 
-def report(*words: object) -> dict[str, object]:
-    result = run("compress", "net.py", "--no-bench", "--round-to", "1", "--json", *words)
+def report(*words: object, model: str = "net.py") -> dict[str, object]:
+    result = run("compress", model, "--no-bench", "--round-to", "1", "--json", *words)
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 
@@ -75,6 +82,31 @@ def test_rounds_end_where_they_should(schedule: str) -> None:
     assert stems(made) == 8 and made["proof"]["difference"] < 1e-9
 
 
+def test_the_shares_of_a_config_list_hold_in_rounds_and_searches(place: Path) -> None:
+    (place / "list.yaml").write_text("- {op_types: [Conv2d], sparsity: 0.25}\n- {op_names: [head], exclude: true}\n")
+    for words in (("--epochs", 1), ("--schedule", "agp", "--rounds", 2), ("--search", "autocompress")):
+        assert stems(report("--config", "list.yaml", "--force", *words)) == 24
+    made = report("--config", "list.yaml", "--force", "--search", "netadapt")
+    assert 0.7 * made["macs"]["dense"] < made["macs"]["shrunk"] <= 0.75 * made["macs"]["dense"]
+
+
+def test_rounds_begin_with_the_initial_sparsity_of_a_list(place: Path) -> None:
+    (place / "list.yaml").write_text("- {op_types: [Conv2d], initial_sparsity: 0.5, final_sparsity: 0.75}\n")
+    words = ("--config", "list.yaml", "--schedule", "linear", "--rounds", 2, "--journal", "rounds.jsonl")
+    assert stems(report(*words)) == 8
+    first, last = map(json.loads, (place / "rounds.jsonl").read_text().splitlines()[1:])
+    assert first["shares"] == {"stem.weight": 0.625} and last["shares"] == {"stem.weight": 0.75}
+
+
+def test_a_ranking_of_all_groups_holds_in_rounds(place: Path) -> None:
+    (place / "two.py").write_text(TWO)
+    words = ("--scope", "global", "--criterion", "taylor")
+    once = report(*words, model="two.py")
+    rounds = report(*words, "--epochs", 1, "--out", "rounds", model="two.py")
+    widths = [[group["kept"] for group in made["groups"]] for made in (once, rounds)]
+    assert widths[0] == widths[1] != [16, 4] and rounds["request"]["scope"] == "global"
+
+
 def test_rounds_go_on_from_their_journal(place: Path) -> None:
     words = ("--schedule", "agp", "--rounds", 2, "--epochs", 1, "--journal", "rounds.jsonl")
     first = report(*words)
@@ -82,6 +114,80 @@ def test_rounds_go_on_from_their_journal(place: Path) -> None:
     again = report(*words, "--force")
     assert (place / "rounds.jsonl").read_text() == lines
     assert again["accuracy"] == first["accuracy"] and again["files"]["plan.json"] == first["files"]["plan.json"]
+
+
+def test_a_journal_is_of_its_epochs_and_its_code(place: Path) -> None:
+    words = (
+        "compress",
+        "net.py",
+        "--no-bench",
+        "--round-to",
+        1,
+        "--force",
+        "--journal",
+        "j.jsonl",
+        "--schedule",
+        "linear",
+    )
+    assert run(*words, "--epochs", 1).exit_code == 0
+    line = complaint(run(*words, "--epochs", 2))
+    assert line.startswith("j.jsonl: is the journal of another search (epochs 1, not 2). Use another file")
+    (place / "net.py").write_text(LEARNS + "\n# nothing but a remark\n")
+    assert run(*words, "--epochs", 1).exit_code == 0
+    (place / "net.py").write_text(LEARNS.replace("lr=1e-2", "lr=1e-3"))
+    line = complaint(run(*words, "--epochs", 1))
+    assert line.startswith("j.jsonl: is the journal of another search (the code of its model, its training or its eva")
+
+
+def test_a_search_that_misses_its_budget_says_so(place: Path) -> None:
+    words = ("compress", "net.py", "--no-bench", "--round-to", 1, "--search", "netadapt", "--sparsity", 0.9)
+    result = run(*words, "--min-channels", 24)
+    assert result.exit_code == 0, result.output
+    said = json.loads((place / "net-pruned" / "report.json").read_text())["note"]
+    assert "of the macs are left, not 0.1: no group can give more" in said
+    assert f"Note: {said}." in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize("search", ["annealing", "amc"])
+def test_what_a_search_finds_is_trained(monkeypatch: pytest.MonkeyPatch, search: str) -> None:
+    quick = {"annealing": lambda t, s, tune, _: annealing(t, s, schedule=Schedule(start=20, tries=1), finetune=tune)}
+    quick["amc"] = lambda t, s, tune, _: amc(t, 1 - s, episodes=Episodes(4, 1), finetune=tune)
+    monkeypatch.setattr("graphprune.search.finder.SEARCHES", quick)
+    plain, trained = report("--search", search), report("--search", search, "--epochs", 3, "--out", "trained")
+    assert stems(plain) == stems(trained) and plain["accuracy"]["shrunk"] < trained["accuracy"]["shrunk"]
+
+
+def test_the_seed_is_that_of_training_too(place: Path) -> None:
+    """The model is the same for all seeds; the order of the batches, and so what training and scores come to, is not."""
+    drawn = LEARNS.replace("return Net()", "torch.manual_seed(0); return Net()").replace(
+        "for i in range(0, 32, 8)]", "for i in range(0, 32, 8)]; batches = Drawn(batches)"
+    )
+    order = "    def __iter__(self):\n        return iter([self[i] for i in torch.randperm(len(self))])\n"
+    (place / "net.py").write_text(f"{drawn}\nclass Drawn(list):\n{order}")
+    for words in (("--epochs", 1), ("--criterion", "taylor", "--batches", 2)):
+        one, same, other = (report(*words, "--force", "--seed", seed)["files"] for seed in (1, 1, 2))
+        assert one["weights.safetensors"] == same["weights.safetensors"] != other["weights.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (("Y[i : i + 8])", "Y[i : i + 8] + 7)"), "(IndexError: Target "),
+        (("(X[i : i + 8], Y", "(X[i : i + 7], Y"), "(ValueError: Expected input batch_size"),
+        (("optim.Adam(p, lr=1e-2)", "optim.Adam(p, rate=1e-2)"), "(TypeError: "),
+        (("return Training.on(batches,", "return Training(wrong,"), "(KeyError: 'no luck')"),
+    ],
+)
+@pytest.mark.parametrize("words", [("--epochs", 1), ("--criterion", "taylor")])
+def test_mistakes_in_training_end_in_one_line(place: Path, change: tuple[str, str], told: str, words: tuple) -> None:
+    text = LEARNS.replace(*change).replace("Training(wrong, nn.functional.cross_entropy", "Training(wrong")
+    (place / "net.py").write_text(
+        text + "\ndef wrong(model, optimizer, criterion, epoch):\n    raise KeyError('no luck')\n"
+    )
+    result = run("compress", "net.py", "--no-bench", "--round-to", 1, *words)
+    line = complaint(result)
+    assert result.exit_code == 2 and line.startswith("net.py: raises while it trains as training() says"), line
+    assert told in line and line.endswith("Fix it there.")
 
 
 @pytest.mark.parametrize("search", ["sensitivity", "annealing", "netadapt", "autocompress"])
@@ -106,6 +212,25 @@ def test_the_table_of_sensitivity(place: Path) -> None:
     assert ET.parse(place / "plot.svg").getroot().tag.endswith("svg")
 
 
+def test_a_table_that_cannot_be_written(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, *rest: object, **more: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", refuse)
+        result = run("sensitivity", "net.py", "--share", 0.5, "--csv", "table.csv")
+    assert result.exit_code == 2 and "stem.weight" in result.stdout
+    assert result.stderr.strip().splitlines()[-1].startswith("table.csv: cannot be written (No space left on device).")
+    monkeypatch.setattr("graphprune.cli.look.load_source", None)  # nothing is loaded, much less evaluated
+    for option, name, told in (
+        ("--csv", "no/x.csv", f"no/x.csv: there is no folder {place / 'no'} to make it in. Name another file."),
+        ("--plot", "no/x.svg", f"no/x.svg: there is no folder {place / 'no'} to make it in. Name another file."),
+        ("--csv", ".", ".: is a folder. Name another file."),
+        ("--plot", "x.txt", "x.txt: no plot has the suffix '.txt'. Use .svg, .png or .pdf."),
+    ):
+        assert complaint(run("sensitivity", "net.py", option, name)) == told
+
+
 def test_dependencies_in_the_columns_of_others(place: Path) -> None:
     grouped = LEARNS.replace(
         "self.body = nn.Conv2d(width, width, 3, padding=1)",
@@ -127,6 +252,13 @@ def test_dependencies_in_the_columns_of_others(place: Path) -> None:
         (("compress", "plain.py", "--search", "amc"), "plain.py: has no evaluate(model), which --search needs. Add one."),
         (("compress", "plain.py", "--criterion", "taylor"), "criterion 'taylor': looks at gradients. Give calibrate(model)"),
         (("compress", "net.py", "--epochs", "1", "--checkpoint", "."), "--epochs: is not for checkpoints"),
+        (("compress", "net.py", "--rounds", "3"), "--rounds: has no effect without --schedule, --search or --epochs."),
+        (("compress", "net.py", "--journal", "j"), "--journal: has no effect without --schedule, --search or --epochs."),
+        (("compress", "net.py", "--workers", "ray"), "--workers: has no effect without --schedule, --search or --epochs."),
+        (("compress", "net.py", "--workers", "4"), "workers '4': is no address. Use 'ray', or one such as"),
+        (("compress", "net.py", "--search", "annealing", "--rounds", "3"), "--search and --rounds: exclude each other."),
+        (("compress", "net.py", "--search", "annealing", "--scope", "global"), "--scope global: is not for --search"),
+        (("compress", "net.py", "--schedule", "agp", "--checkpoint", "."), "--schedule: is not for checkpoints"),
         (("sensitivity", "plain.py"), "plain.py: has no evaluate(model). Add one."),
         (("sensitivity", "net.py", "--share", "1.5"), "shares: 1.5 is not in (0, 1). Use shares such as 0.1."),
         (("sensitivity", "net.py", "--share", "0.5", "--plot", "x.txt"), "x.txt: no plot has the suffix '.txt'. Use .svg"),

@@ -64,6 +64,11 @@ def test_what_a_config_list_cannot_be() -> None:
         kept([])
     with pytest.raises(graphprune.errors.ModelError, match=r"nothing can be pruned"):
         kept([{"op_names": ["fc"], "sparsity": 0.5}])
+    for key, value in (("start_epoch", 1), ("end_epoch", 3), ("frequency", 2), ("prune_iterations", 3)):
+        with pytest.raises(ConfigError, match=rf"config_list\[0\]: {key} has no effect where no loop of epochs is"):
+            kept([{"op_types": ["Conv2d"], "sparsity": 0.5, key: value}])
+    with pytest.raises(ConfigError, match=r"config_list\[0\]: initial_sparsity has no effect without rounds"):
+        kept([{"op_types": ["Conv2d"], "sparsity": 0.5, "initial_sparsity": 0.2}])
 
 
 @pytest.mark.parametrize(
@@ -86,6 +91,17 @@ def test_compress_reads_a_config_list(place: Path, name: str, text: str) -> None
     assert report["request"]["config_list"][1] == {"op_names": ["head"], "exclude": True}
 
 
+def test_a_file_may_say_how_to_search(place: Path) -> None:
+    (place / "run.yaml").write_text(
+        "schedule: linear\nrounds: 2\njournal: rounds.jsonl\nseed: 3\nconfig_list:\n" + LIST
+    )
+    done = run("compress", "net.py", "--config", "run.yaml", "--rounds", 3, *QUICK)
+    assert done.exit_code == 0, done.output
+    header, *rounds = map(json.loads, (place / "rounds.jsonl").read_text().splitlines())
+    assert header["settings"]["schedule"] == "linear" and header["seed"] == 3
+    assert len(rounds) == 3  # the command line wins
+
+
 def test_a_file_may_hold_options_alone(place: Path) -> None:
     (place / "options.yaml").write_text("sparsity: 0.25\nexclude: [body]\n")
     line = complaint(run("compress", "net.py", "--config", "options.yaml", *QUICK))
@@ -102,7 +118,31 @@ def test_a_file_may_hold_options_alone(place: Path) -> None:
         ("words", (), "c.yaml: holds 'words'. Give a config list, or pruning in the form of LPOT."),
         (LIST, ("--sparsity", 0.3), "sparsity: is said by the config_list of c.yaml. Leave it out."),
         ("sparsity: 0.3\nconfig_list: []", (), "sparsity: is said by the config_list of c.yaml. Leave it out."),
-        ("config_list: Conv2d", (), "config_list 'Conv2d': "),
+        (
+            "config_list: Conv2d",
+            (),
+            "c.yaml: config_list 'Conv2d': is no list of entries. Give a list of dictionaries.",
+        ),
+        (
+            "config_list: {op_types: [Conv2d]}",
+            (),
+            "c.yaml: config_list {'op_types': ['Conv2d']}: is no list of entries.",
+        ),
+        ("[]", (), "c.yaml: config_list []: is no list of entries."),
+        ("config_list: null", (), "c.yaml: config_list: holds nothing. Give it a value, or leave it out."),
+        ("exclude: 3", (), "c.yaml: exclude 3: is no list. Give one, in brackets."),
+        ("exclude: [3]", (), "c.yaml: exclude [3]: is no text. Use a name."),
+        ("heads: perhaps", (), "c.yaml: heads 'perhaps': is neither true nor false. Use one of them."),
+        ("sparsity: half", (), "c.yaml: sparsity 'half': is no number. Use one such as 0.5."),
+        ("round_to: 2.5", (), "c.yaml: round_to 2.5: is no whole number. Use one such as 8."),
+        ("criterion: l11", (), "c.yaml: criterion 'l11': is not known. Use one of l1"),
+        ("scope: here", (), "c.yaml: scope 'here': input should be 'local' or 'global'. Use one of them."),
+        ("epochs: many", (), "c.yaml: epochs 'many': is no whole number. Use one such as 8."),
+        ("epochs: -1", (), "c.yaml: epochs -1: is below 0. Use 0 or more."),
+        ("journal: 3", (), "c.yaml: journal 3: is no name of a file. Use one."),
+        ("schedule: cubic", (), "c.yaml: schedule 'cubic': is not known. Use one of one_shot, "),
+        ("rounds: 3", (), "--rounds: has no effect without --schedule, --search or --epochs."),
+        ("search: amc", ("--schedule", "agp"), "--search and --schedule: exclude each other."),
         ("", (), "c.yaml: holds nothing."),
     ],
 )

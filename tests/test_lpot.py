@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from lpot_file import CONV, FILE, Net, data, manual_loop, net, pruning, run_described, run_on
-from test_cli import COMPLETE, run
+from test_cli import COMPLETE, complaint, run
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -329,6 +329,12 @@ def test_iteration_ends_an_epoch(write: Callable[..., Path]) -> None:
     prune()
     assert counted.taken == 6 * 5
 
+    prune = pruning(write())
+    counted.taken, optimizer = 0, torch.optim.SGD
+    prune.training = Training.on(counted, nn.functional.cross_entropy, optimizer=lambda some: optimizer(some, lr=0.02))
+    prune()
+    assert counted.taken == 6 * 5
+
 
 def test_epochs_begin_where_the_file_says(write: Callable[..., Path]) -> None:
     prune = pruning(write(("    start_epoch: 0\n    end_epoch: 6", "    start_epoch: 3\n    end_epoch: 6")))
@@ -448,3 +454,6 @@ def test_compress_takes_the_training_beside_the_model(
         done = run("compress", "net.py", "--config", path, "--no-bench", "--json", "--force")
         assert done.exit_code == 0, done.output
         assert json.loads(done.stdout)["pruning"]["tensors"][0]["zeros"] == 692
+    (tmp_path / "net.py").write_text(COMPLETE + TRAINING.replace("torch.arange(4))", "torch.arange(4) + 9)"))
+    line = complaint(run("compress", "net.py", "--config", path, "--no-bench", "--force"))
+    assert line.startswith("net.py: raises while it trains as training() says (IndexError: Target ")

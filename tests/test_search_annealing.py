@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from searching import chain_space, widths
+from searching import chain_space, fit, jiggle, widths
 from test_rules import one_thread
 from torch import nn
 
 from graphprune.errors import ConfigError
-from graphprune.search import Schedule, Space, Trials, annealing
+from graphprune.search import Episodes, Schedule, Space, Trials, amc, annealing
 from graphprune.search.annealing import acceptance
 from graphprune.search.reach import reach
 
@@ -130,3 +130,18 @@ def test_wrong_settings(space: Space, call: object, says: str) -> None:
     with pytest.raises(ConfigError) as caught:
         call(Trials(space, score))  # type: ignore[operator]
     assert str(caught.value).startswith(says)
+
+
+def test_what_was_found_is_trained_in_the_end() -> None:
+    space = chain_space(6, 8)
+    for search in (
+        lambda **more: annealing(Trials(space, fit), 0.4, schedule=Schedule(start=20, tries=1), **more),
+        lambda **more: amc(Trials(space, fit), 0.6, round_to=1, episodes=Episodes(4, 1), **more),
+    ):
+        plain, trained = search(), search(finetune=jiggle)
+        assert trained.shares == plain.shares and trained.history[:-1] == plain.history
+        bias = [found.result.model.get_parameter("layers.2.bias") for found in (plain, trained)]
+        assert not torch.equal(*bias) and torch.equal(
+            bias[0], space.analysis.captured.model.get_parameter("layers.2.bias")
+        )
+        assert trained.score == fit(trained.result.model) != plain.score

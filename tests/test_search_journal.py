@@ -184,7 +184,9 @@ def test_the_journal_of_something_else_is_refused(space: Space, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "text", ["hello\n", "half a line", '{"a": 1}\n', '{"journal": 1}\n[1]\n', "[]\n", "\x00\xff\n"]
+    "text",
+    ["hello\n", "half a line", '{"a": 1}\n', '{"journal": 1}\n[1]\n', "[]\n", "\x00\xff\n"]
+    + [f'{{"journal": 1}}\n{{"key": "0", "score": {score}}}\n' for score in ("null", "NaN", "true", '"1"', "[]")],
 )
 def test_files_that_are_no_journals(space: Space, tmp_path: Path, text: str) -> None:
     file = tmp_path / "notes.txt"

@@ -1,14 +1,19 @@
 """Searches that go step by step: sensitivity, NetAdapt and AutoCompress, by hand and with training."""
 
+import math
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
-from searching import MODELS, chain_space, fit, jiggle, widths
+from searching import MODELS, chain, chain_space, fit, jiggle, widths
 from test_rules import one_thread
 from torch import nn
 
+from graphprune.compress import compress, target_of
+from graphprune.config import Request
 from graphprune.errors import ConfigError, ModelError
+from graphprune.schedule import SCHEDULES
 from graphprune.search import (
     Schedule,
     Sensitivity,
@@ -19,6 +24,8 @@ from graphprune.search import (
     prune_by_sensitivity,
     sensitivity,
 )
+from graphprune.search.asked import asked_sparsity
+from graphprune.search.rounds import in_rounds
 from graphprune.search.state import tensors_after
 from graphprune.source import load_source
 
@@ -220,3 +227,54 @@ def test_training_that_changes_shapes(space: Space) -> None:
     trials = Trials(space, lambda model: 0.5)
     with pytest.raises(ModelError, match=r"layers.0.weight: training has made its shape \(2, 4\), not"):
         netadapt(trials, 0.8, step=0.2, finetune=reshapes)
+
+
+LISTS = {
+    "shares": [{"op_types": ["Linear"], "sparsity": 0.2}, {"op_names": ["layers.1"], "sparsity": 0.75}],
+    "together": [{"op_names_re": [r"layers\.[01]"], "total_sparsity": 0.4, "max_sparsity_per_layer": 0.45}],
+    "one alone": [{"op_names": ["layers.0"], "sparsity": 0.3}],
+}
+
+
+def asked_space(config_list: list[dict[str, object]] | None = None, scope: str = "local", **options: object) -> Space:
+    request = Request.of(config_list=config_list, scope=scope, round_to=1, **options)
+    return Space.of(
+        chain(10, 20),
+        torch.randn(2, 4),
+        asked=partial(target_of, request=request, grows=True),
+        **request.model_dump(exclude={"sparsity"}),
+    )
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("name", [*LISTS, "no list"])
+def test_rounds_end_where_one_shot_does(name: str, scope: str) -> None:
+    asked = {"config_list": LISTS[name]} if name in LISTS else {"sparsity": 0.3}
+    once = compress(chain(10, 20), torch.randn(2, 4), scope=scope, round_to=1, **asked)
+    ranked = scope == "global" or name == "together"  # which of them go then depends on training between rounds
+    for schedule in SCHEDULES:
+        trials = Trials(asked_space(scope=scope, **asked), fit)
+        found = in_rounds(trials, schedule, 1 if ranked else 3, finetune=None if ranked else jiggle)
+        assert widths(found.result.model) == widths(once.model) != [10, 20]
+
+
+def test_rounds_of_a_ranking_count_what_is_gone() -> None:
+    space = asked_space(scope="global", sparsity=0.5)
+    for rounds in (1, 2, 5):
+        found = in_rounds(Trials(space, fit), "linear", rounds)
+        assert sum(widths(found.result.model)) == 15
+        gone = [round(10 * one.shares[FIRST] + 20 * one.shares[SECOND]) for one in found.history]
+        assert gone == [math.ceil(15 * place / rounds) for place in range(1, rounds + 1)]
+
+
+def test_rounds_begin_with_the_initial_sparsity() -> None:
+    listed = [{"op_names": ["layers.1"], "initial_sparsity": 0.2, "sparsity": 0.8}]
+    found = in_rounds(Trials(asked_space(listed), fit), "linear", 3)
+    assert [evaluation.shares[SECOND] for evaluation in found.history] == [0.4, 0.6, 0.8]
+
+
+def test_how_much_a_list_asks_for_in_all() -> None:
+    space = asked_space(LISTS["shares"])  # 4 * 10 and 10 * 20 weights
+    assert asked_sparsity(space) == pytest.approx((0.2 * 40 + 0.75 * 200) / 240)
+    assert asked_sparsity(asked_space(sparsity=0.3)) == 0.3
+    assert asked_space(LISTS["together"]).most(FIRST) == 0.45

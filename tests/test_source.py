@@ -208,6 +208,22 @@ def test_evaluate_that_fails(tmp_path: Path) -> None:
         source.evaluate(source.model)
 
 
+@pytest.mark.parametrize("value", ["float('inf')", "-float('inf')", "float('nan')", "torch.tensor(float('inf'))"])
+def test_evaluate_gives_no_finite_number(tmp_path: Path, value: str) -> None:
+    code = NET + EXAMPLE + f"\ndef evaluate(model):\n    return {value}\n"
+    source = load_source(str(write(tmp_path / "endless.py", code)))
+    assert source.evaluate is not None
+    with pytest.raises(ModelError, match=r"evaluate\(\) gives -?(inf|nan). Return a finite number\."):
+        source.evaluate(source.model)
+
+
+@pytest.mark.parametrize("value", ["np.float32(0.5)", "np.array([0.5])", "torch.tensor([0.5], dtype=torch.bfloat16)"])
+def test_evaluate_gives_a_number_of_another_kind(tmp_path: Path, value: str) -> None:
+    code = NET + EXAMPLE + f"\ndef evaluate(model):\n    import numpy as np\n    return {value}\n"
+    source = load_source(str(write(tmp_path / "kinds.py", code)))
+    assert source.evaluate is not None and source.evaluate(source.model) == 0.5
+
+
 def test_evaluate_gets_a_copy(tmp_path: Path) -> None:
     code = NET + EXAMPLE + "\ndef evaluate(model):\n    model.a.weight.data.zero_()\n    model.train()\n    return 1\n"
     source = load_source(str(write(tmp_path / "rude.py", code)))

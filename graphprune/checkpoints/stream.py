@@ -2,8 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from graphprune.checkpoints.checkpoint import INDEX, PICKLED, Checkpoint, check_
 from graphprune.checkpoints.skeleton import Skeleton
 from graphprune.compress import Progress, Stages, costs_of, planned
 from graphprune.config import Request
-from graphprune.errors import ConfigError, ModelError
-from graphprune.folder import replacing
+from graphprune.errors import ModelError
+from graphprune.folder import replacing, writing
 from graphprune.report import Report, build_report
 from speedup.capture import capture
 from speedup.inputs import ExampleInputs
@@ -169,7 +168,7 @@ def deliver_checkpoint(
         def cut(name: str) -> Tensor:
             return plan.cut(blueprint.tied.get(name, name), source.tensor(name))
 
-        with _writing(out):
+        with writing(out):
             stage("write", write_checkpoint, draft, source, shapes, cut)
         written = replace(weights, checkpoint=Checkpoint.open(draft))
         proof = None
@@ -184,7 +183,7 @@ def deliver_checkpoint(
                 seed=request.seed,
                 written=lambda name: _written(written, plan, name),
             )
-        with _writing(out):
+        with writing(out):
             config = stage("write", _write_rest, source, draft, shapes, plan)
             blueprint.write(draft / files.PLAN)
         costs = stage("count", costs_of, captured, shrunk)
@@ -219,17 +218,8 @@ def deliver_checkpoint(
             "seconds": stage.seconds,
         }
         report["sha256"] = files.digest(report)
-        (draft / files.REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
+        (draft / files.REPORT).write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
     return report
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    """Turns a full disk into one line."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"{out}: cannot be written ({error.strerror or error}). Use another --out.") from error
 
 
 def _written(weights: _Weights, plan: ShrinkPlan, name: str) -> Tensor:

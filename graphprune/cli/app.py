@@ -98,6 +98,13 @@ def show(what: Any) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(shown)
 
 
+def check_place(path: Path) -> None:
+    """Refuses a file that cannot be made, before the work for what should be in it is done."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        fact = "is a folder" if path.is_dir() else f"there is no folder {path.absolute().parent} to make it in"
+        raise ConfigError(f"{path}: {fact}. Name another file.")
+
+
 def write(path: Path, text: str) -> None:
     """Writes a text file."""
     try:

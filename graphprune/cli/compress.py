@@ -19,7 +19,7 @@ from graphprune.lpot.config import is_lpot
 from graphprune.lpot.delivery import deliver_pruned
 from graphprune.progress import StageDisplay
 from graphprune.schedule import SCHEDULES
-from graphprune.search.finder import SEARCHES, Finder
+from graphprune.search.finder import SEARCHES, Finder, finder_of
 from graphprune.source import load_skeleton, load_source
 from speedup.latency import DEFAULT_LIMITS
 
@@ -77,8 +77,8 @@ def compress_command(
     config: Annotated[
         Path | None,
         typer.Option(
-            help="YAML or JSON: a config list of NNI, config_list and other options by their names, or a file of LPOT, "
-            "by which MODEL is trained and single weights become zero."
+            help="YAML or JSON: a config list of NNI, config_list and the options above by their names, or a file of "
+            "LPOT, by which MODEL is trained and single weights become zero."
         ),
     ] = None,
     seed: Seed = 0,
@@ -120,17 +120,20 @@ def compress_command(
         "seed": seed,
         "strict": strict,
     }
-    request = _asked(context, options, config)
+    finding = {
+        "search": search,
+        "schedule": schedule,
+        "rounds": rounds,
+        "epochs": epochs,
+        "journal": journal,
+        "workers": workers,
+    }
+    request, find = _asked(context, options, finding, config)
     seed = seed if isinstance(request, Path) else request.seed
-    if search is not None and schedule is not None:
-        raise ConfigError("--search and --schedule: exclude each other. Give one of them.")
-    find = None
-    if search or schedule or epochs:
-        find = Finder(search, schedule or "one_shot", rounds, epochs, journal, workers)
     given = {
-        "--search": search,
-        "--schedule": schedule,
-        "--epochs": epochs,
+        "--search": find is not None and find.search,
+        "--epochs": find is not None and find.epochs,
+        "--schedule": find is not None,
         "--weights": weights,
         "--opset": opset,
         "--threads": threads,
@@ -178,26 +181,29 @@ def compress_command(
     show(delivery.report if as_json else tables.compression(delivery.report, delivery.folder))
 
 
-_FINDING = ("schedule", "rounds", "search", "epochs", "journal", "workers")
-"""Options that say how to look for what goes."""
+def _asked(
+    context: typer.Context, options: Mapping[str, Any], finding: Mapping[str, Any], config: Path | None
+) -> tuple[Request | Path, Finder | None]:
+    """What is asked and what finds it, on the command line and in a file, of which the first wins.
 
-
-def _asked(context: typer.Context, options: Mapping[str, Any], config: Path | None) -> Request | Path:
-    """What is asked on the command line and in a file, of which the first wins; or that file, if it is one of LPOT."""
-    if config is None:
-        return Request.of(**options)
-    file = read_config_file(config)
-    told = {name: value for name, value in options.items() if _is_told(context, name)}
-    if is_lpot(file):
-        for name in (*told, "checkpoint", *_FINDING):
-            if _is_told(context, name) and name not in ("seed", "strict"):
-                option = f"--{name.replace('_', '-')}"
-                raise ConfigError(f"{option}: is not for {config}, which says what to prune. Leave it out.")
-        return config
-    values = read_request(file, config)
-    if "config_list" in values and "sparsity" in {**values, **told}:
-        raise ConfigError(f"sparsity: is said by the config_list of {config}. Leave it out.")
-    return Request.of(**{**options, **values, **told})
+    Instead of what is asked it may be that file, if it is one of LPOT.
+    """
+    told = {name: value for name, value in {**options, **finding}.items() if _is_told(context, name)}
+    values: Mapping[str, Any] = {}
+    if config is not None:
+        file = read_config_file(config)
+        if is_lpot(file):
+            for name in (*told, "checkpoint"):
+                if _is_told(context, name) and name not in ("seed", "strict"):
+                    option = f"--{name.replace('_', '-')}"
+                    raise ConfigError(f"{option}: is not for {config}, which says what to prune. Leave it out.")
+            return config, None
+        values = read_request(file, config, Finder)
+        if "config_list" in values and "sparsity" in told:
+            raise ConfigError(f"sparsity: is said by the config_list of {config}. Leave it out.")
+    said = {**values, **told}
+    request = Request.of(**{**options, **{name: value for name, value in said.items() if name not in finding}})
+    return request, finder_of({name: value for name, value in said.items() if name in finding}, request)
 
 
 def _is_told(context: typer.Context, name: str) -> bool:

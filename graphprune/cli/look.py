@@ -6,11 +6,23 @@ from typing import Annotated
 import typer
 
 from graphprune import tables
-from graphprune.cli.app import AsJson, Device, Inputs, Model, Seed, Weights, app, show, silent_stdout, write
+from graphprune.cli.app import (
+    AsJson,
+    Device,
+    Inputs,
+    Model,
+    Seed,
+    Weights,
+    app,
+    check_place,
+    show,
+    silent_stdout,
+    write,
+)
 from graphprune.criteria import CRITERIA
 from graphprune.dependency import trace
 from graphprune.dependency_tables import channel_dependencies, convolution_groups
-from graphprune.drawing import plot_scores, write_graph
+from graphprune.drawing import check_plot, plot_scores, write_graph
 from graphprune.progress import StageDisplay
 from graphprune.report import describe_groups
 from graphprune.search.finder import analysed
@@ -67,12 +79,16 @@ def sensitivity_command(
     as_json: AsJson = False,
 ) -> None:
     """Show the score of MODEL at each share of each channel group, all others whole; needs evaluate(model)."""
+    for path in filter(None, (csv, plot)):
+        check_place(path)
+    if plot is not None:
+        check_plot(plot)
     with silent_stdout(as_json), StageDisplay() as progress:
         progress("load")
         source = load_source(model, inputs=inputs or (), weights=weights, seed=seed, device=device)
         space, table = analysed(source, tuple(shares or SHARES), criterion, journal, workers, seed, progress)
-        if csv is not None:
-            write(csv, table.to_csv(space))
-        if plot is not None:
-            plot_scores(table.dense, table.scores, plot)
     show({"dense": table.dense, "scores": table.scores} if as_json else tables.sensitivities(table.dense, table.scores))
+    if csv is not None:
+        write(csv, table.to_csv(space))
+    if plot is not None:
+        plot_scores(table.dense, table.scores, plot)

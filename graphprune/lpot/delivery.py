@@ -11,7 +11,7 @@ from graphprune.config import Request
 from graphprune.deliver import Delivery, deliver
 from graphprune.folder import check_free
 from graphprune.lpot.pruning import Pruning
-from graphprune.source import Source
+from graphprune.source import InTraining, Source
 from graphprune.training.loop import Loop
 from speedup.capture import capture
 from speedup.latency import DEFAULT_LIMITS, Limits
@@ -73,7 +73,10 @@ def deliver_pruned(
         progress("evaluate")
         before = source.evaluate(source.model)
     progress("train")
-    pruned = prune()
+    if prune.training is None and prune.train_dataloader is None:
+        pruned = InTraining(str(config), source.folder, prune, "raises while the model is trained as it says")()
+    else:
+        pruned = source.in_training(prune)()
     return deliver(
         replace(source, model=pruned, evaluate=None),
         folder,

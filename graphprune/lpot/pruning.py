@@ -153,6 +153,7 @@ class Pruning:
         """The hooks, and what trains as the file says; masks are in the model."""
         train = self.config.train
         training = described(self.config, self.train_dataloader) if self.training is None else self.training
+        training = training if train.iteration is None else training.first(train.iteration)
         if train.end_epoch is None:
             raise self.config.missing("end_epoch", "Give it there, or set pruning_func to a function that trains")
         if train.end_epoch <= train.start_epoch:

@@ -54,8 +54,7 @@ def described(config: Config, data: Iterable[Any] | None = None) -> Training:
     if data is None:
         assert train.dataloader is not None
         data = loader(train.dataloader, f"{where}.dataloader")
-    training = Training.on(data, criterion, optimizer=optimizer)
-    return training if train.iteration is None else training.first(train.iteration)
+    return Training.on(data, criterion, optimizer=optimizer)
 
 
 def loader(asked: Dataloader, where: str) -> DataLoader[Any]:

@@ -25,6 +25,7 @@ from graphprune.pruners.search_options import (
 )
 from graphprune.pruners.sparsify import Masks, masks_of
 from graphprune.search import Found, Space, Trials, amc, annealing, autocompress, netadapt, prune_by_sensitivity
+from graphprune.search.asked import asked_sparsity
 from graphprune.search.candidate import seeded
 from speedup.inputs import ExampleInputs
 from speedup.masking import attach_masks
@@ -88,12 +89,7 @@ class SearchPruner:
 
     def sparsity(self, space: Space) -> float:
         """How much goes of the weights of all groups that the config list selects."""
-        asked = target_of(space.analysis, self._settings)
-        goes = 0.0
-        for name, group in space.groups.items():
-            target = asked(group)
-            goes += 0.0 if isinstance(target, str) else target.sparsity * space.weight_counts[name]
-        return goes / sum(space.weight_counts.values())
+        return asked_sparsity(space)
 
     def _trials(self) -> Trials:
         options = self.options

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from graphprune.errors import ConfigError
 from graphprune.groups import ChannelGroup
 from graphprune.search.agent import Agent, Learning, Observation, Step
+from graphprune.search.candidate import Tune
 from graphprune.search.space import Measure, Space
 from graphprune.search.trials import Evaluation, Found, Run, Trials
 from speedup.labels import Labels
@@ -62,6 +63,7 @@ def amc(
     perfect: float = 1.0,
     episodes: Episodes = LONG,
     learning: Learning = PLAIN,
+    finetune: Tune | None = None,
 ) -> Found:
     """Returns the best model that a DDPG agent finds within a bound.
 
@@ -82,6 +84,7 @@ def amc(
         perfect: Score of a model without errors, 1 or 100 for accuracies; only the second reward depends on it.
         episodes: How long it explores.
         learning: How it learns.
+        finetune: Trains the model that was found, in place.
 
     Raises:
         ConfigError: A number is out of range, or the bound cannot be met.
@@ -95,7 +98,7 @@ def amc(
             "a smaller keep_at_least or round_to, or let more groups go."
         )
     settings = {"ratio": ratio, "of": of, "reward": reward, "perfect": perfect, **asdict(episodes), **asdict(learning)}
-    with trials.over(space).begin("amc", **settings) as run:
+    with trials.over(space).begin("amc", **settings, finetune=finetune is not None) as run:
         track = _Track(space, of, ratio)
         agent = Agent(track.features, learning, run.seed)
         noise, done = episodes.noise, 0
@@ -109,7 +112,8 @@ def amc(
                     noise *= episodes.decay
                     agent.learn(len(walk.actions))
         key = {found.key: _reward(run, space, found, reward, perfect) for found in run.history}
-        return run.found(max(run.history, key=lambda found: key[found.key]), space.start)
+        best = max(run.history, key=lambda found: key[found.key])
+        return run.trained_and_found(best, space.start, finetune)
 
 
 def _reward(run: Run, space: Space, found: Evaluation, kind: Reward, perfect: float) -> float:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from graphprune.errors import ConfigError
+from graphprune.search.candidate import Tune
 from graphprune.search.reach import reach
 from graphprune.search.space import Measure, Space
 from graphprune.search.state import State
@@ -46,7 +47,14 @@ MANUAL = Schedule()
 """The schedule of the manuals."""
 
 
-def annealing(trials: Trials, sparsity: float, *, of: Measure = "weights", schedule: Schedule = MANUAL) -> Found:
+def annealing(
+    trials: Trials,
+    sparsity: float,
+    *,
+    of: Measure = "weights",
+    schedule: Schedule = MANUAL,
+    finetune: Tune | None = None,
+) -> Found:
     """Returns the best shares that simulated annealing finds at an overall sparsity.
 
     Liu et al., AutoCompress, 2020: guided heuristic search. It starts from random shares, sorted so that groups with
@@ -64,15 +72,17 @@ def annealing(trials: Trials, sparsity: float, *, of: Measure = "weights", sched
         sparsity: What goes, in (0, 1): a share of what ``of`` counts.
         of: What a sparsity counts.
         schedule: How it cools.
+        finetune: Trains the model that was found, in place.
 
     Raises:
         ConfigError: A number is out of range, or so much cannot go.
     """
     if not 0 < sparsity < 1:
         raise ConfigError(f"sparsity {sparsity}: is not in (0, 1). Use one such as 0.5.")
-    with trials.begin("annealing", sparsity=sparsity, of=of, **asdict(schedule)) as run:
+    settings = {"sparsity": sparsity, "of": of, **asdict(schedule)}
+    with trials.begin("annealing", **settings, finetune=finetune is not None) as run:
         state = trials.space.start
-        return run.found(annealed(run, state, 1 - sparsity, of, schedule), state)
+        return run.trained_and_found(annealed(run, state, 1 - sparsity, of, schedule), state, finetune)
 
 
 def annealed(run: Run, state: State, left: float, of: Measure, schedule: Schedule) -> Evaluation:

@@ -1,5 +1,6 @@
 """One candidate: built, trained and evaluated, as a function of nothing but its arguments."""
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -109,14 +110,20 @@ def checked_score(value: Any) -> float:
     Raises:
         ConfigError: It is none, or not finite.
     """
-    array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+    number = number_in(value)
+    if number is None:
+        raise ConfigError(f"evaluate: returned {_shown(value)}, no number. Let it return one, such as an accuracy.")
+    if not math.isfinite(number):
+        raise ConfigError(f"evaluate: returned {number}. Let it return a finite number for every model.")
+    return number
+
+
+def number_in(value: Any) -> float | None:
+    """Returns the one number that a number, tensor or array is; None if it is none."""
+    array = value.detach().cpu().double().numpy() if isinstance(value, Tensor) else value
     if isinstance(array, np.ndarray | np.generic) and array.size == 1:
         value = array.item()
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"evaluate: returned {_shown(value)}, no number. Let it return one, such as an accuracy.")
-    if not np.isfinite(value):
-        raise ConfigError(f"evaluate: returned {value}. Let it return a finite number for every model.")
-    return float(value)
+    return None if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
 
 
 def _shown(value: Any) -> str:

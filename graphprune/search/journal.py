@@ -1,6 +1,7 @@
 """The journal of a search: one line of JSON for each thing that was found out, on disk before it is used."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,7 +42,7 @@ class Journal:
                 f"{self.path}: cannot be written ({error.strerror or error}). Use another journal."
             ) from error
         for line in lines:
-            if not isinstance(line, dict) or ("journal" if line is lines[0] else "key") not in line:
+            if not ("journal" in line if line is lines[0] and isinstance(line, dict) else _is_entry(line)):
                 raise ConfigError(f"{self.path}: is no journal of a search. Use another file.")
         if lines and lines[0] != header:
             names = [name for name in header if lines[0].get(name) != header[name]]
@@ -60,7 +61,7 @@ class Journal:
 
     def record(self, key: str, **found: Any) -> Entry:
         """Writes down what was found out under ``key``; when this returns it is on disk."""
-        entry = json.loads(json.dumps({"key": key, **found}))
+        entry = json.loads(json.dumps({"key": key, **found}, allow_nan=False))
         if self.path is not None:
             self._append(entry)
         self._entries[key] = entry
@@ -127,11 +128,21 @@ def _whole_lines(path: Path) -> list[Any]:
         raise ConfigError(f"{path}: is no journal of a search ({error}). Use another file.") from error
 
 
+def _is_entry(line: Any) -> bool:
+    """Whether a line says what was found out: a score or a time, which are finite numbers."""
+    if not isinstance(line, dict) or not isinstance(line.get("key"), str):
+        return False
+    found = [line[name] for name in ("score", "ms") if name in line]
+    return bool(found) and all(type(value) in (int, float) and math.isfinite(value) for value in found)
+
+
 def _difference(name: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """What differs, in words that fit into a line."""
     if name == "settings" and isinstance(found.get(name), dict):
         inner = {key for key in (*found[name], *wanted[name]) if found[name].get(key) != wanted[name].get(key)}
         name, found, wanted = sorted(inner)[0], found["settings"], wanted["settings"]
+    if name == "code":
+        return "the code of its model, its training or its evaluation was another"
     if name == "model":
         return "its model, weights or limits are others"
     return f"{name} {found.get(name)!r}, not {wanted.get(name)!r}"

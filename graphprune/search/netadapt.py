@@ -61,7 +61,7 @@ def netadapt(
                 candidates = _candidates(run, state, max(left - part * fall, budget), measured)
                 part /= 2
             if not candidates:
-                note = f"{left:.3f} of the {resource} are left, not {budget}: no group can give more"
+                note = f"{left:.3f} of the {resource} are left, not {budget:g}: no group can give more"
                 break
             chosen = run.best(run.evaluate(candidates, state, tune=finetune))
             left = measured(chosen.shares, state)

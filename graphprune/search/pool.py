@@ -118,10 +118,15 @@ def executor_of(workers: Any, modules: Sequence[ModuleType] = ()) -> Iterator[Ex
         )
 
 
+def is_address(workers: str) -> bool:
+    """Returns whether these workers are those of Ray, here or somewhere else."""
+    return workers == "ray" or workers.startswith("ray://")
+
+
 @contextmanager
 def _connected(address: str) -> Iterator[Any]:
     """Yields Ray, connected; what was connected before stays so afterwards."""
-    if address != "ray" and not address.startswith("ray://"):
+    if not is_address(address):
         raise ConfigError(f"workers {address!r}: is no address. Use 'ray', or one such as 'ray://head:10001'.")
     try:
         import ray  # noqa: PLC0415 - it takes its time, and few need it

@@ -4,22 +4,22 @@ from dataclasses import replace
 
 from graphprune.errors import ConfigError
 from graphprune.schedule import SCHEDULES
+from graphprune.search.asked import asked_shares, asked_sparsity
 from graphprune.search.candidate import Tune
 from graphprune.search.state import digest
 from graphprune.search.trials import Found, Trials
 
 
-def in_rounds(
-    trials: Trials, sparsity: float, schedule: str = "linear", rounds: int = 1, *, finetune: Tune | None = None
-) -> Found:
+def in_rounds(trials: Trials, schedule: str = "linear", rounds: int = 1, *, finetune: Tune | None = None) -> Found:
     """Returns the model after rounds in which sparsity grows by a schedule, each trained after it was shrunk.
+
+    In the end of each group goes what was asked of it, and of those that are ranked together what was asked of all.
 
     With ``lottery_ticket`` what survives a round has its first values again before it is trained, and the dense model
     is trained once before the first round (Frankle & Carbin, 2019).
 
     Args:
-        trials: How the model of each round is evaluated.
-        sparsity: Share of the channels of every group that goes in the end, in [0, 1).
+        trials: How the model of each round is evaluated, and what was asked.
         schedule: A name in :data:`~graphprune.schedule.SCHEDULES`.
         rounds: How many there are.
         finetune: Trains the model of a round in place.
@@ -32,13 +32,13 @@ def in_rounds(
     if rounds < 1:
         raise ConfigError(f"rounds {rounds}: is below 1. Use 1 or more.")
     rewind = schedule == "lottery_ticket"
-    with trials.begin("rounds", sparsity=sparsity, schedule=schedule, rounds=rounds, tuned=finetune is not None) as run:
+    settings = {"sparsity": asked_sparsity(trials.space), "schedule": schedule, "rounds": rounds}
+    with trials.begin("rounds", **settings, tuned=finetune is not None) as run:
         first = state = trials.space.start
         for number in range(0 if rewind else 1, rounds + 1):
-            share = SCHEDULES[schedule](0.0, sparsity, number, rounds)
-            shares = dict.fromkeys(trials.space.groups, share)
             if rewind:
                 state = replace(state, weights=first.weights, key=digest(state.key, "first values"))
+            shares = asked_shares(trials.space, state, SCHEDULES[schedule], number, rounds)
             (chosen,) = run.evaluate([shares], state, tune=finetune, use=f"round {number}")
             state = run.trained(chosen, state, finetune, use=f"round {number}")
         return run.found(chosen, state)

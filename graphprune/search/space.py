@@ -54,6 +54,7 @@ class Space:
     Attributes:
         dependencies: The model's channel groups.
         groups: Those of which something may go, by name; the second group of one name is called «name#2».
+        targets: What was asked of each of them.
         reasons: Why each of the others is left alone, by its index.
         request: How it was captured, and what limits what stays.
         criterion: Scores the channels of the model with any weights.
@@ -65,6 +66,7 @@ class Space:
 
     dependencies: DependencyGraph
     groups: Mapping[str, ChannelGroup]
+    targets: Mapping[str, Target]
     reasons: Mapping[int, str]
     request: Request
     criterion: Score
@@ -93,12 +95,11 @@ class Space:
             example_inputs: A tensor, a tuple of positional inputs or a mapping of keyword inputs.
             criterion: Name of a criterion, or a function of the analysed model and a seed that gives a score for each
                 class, shape (classes,); one that compares slices with each other sees those that are gone as zeros.
-            asked: Gives for the analysed model what says of a group why it is left alone, or any target; by default
-                what ``options`` say.
+            asked: Gives for the analysed model what says how much of a group goes, or why it is left alone; by default
+                what ``options`` say. Searches that are told how much goes in all choose the share of each themselves.
             calibrate: Runs the model on some batches, for criteria that look at activations or gradients.
             keep_at_least: Share of the channels of every group that stays, in [0, 1].
-            **options: The fields of :class:`~graphprune.config.Request` but sparsity and scope: exclude, only, heads,
-                head_dims, ffn, width, round_to, min_channels, seed, strict.
+            **options: The other fields of :class:`~graphprune.config.Request`.
 
         Raises:
             ConfigError: An option makes no sense.
@@ -120,10 +121,13 @@ class Space:
 
         scores = score(analysis, request.seed)
         live = analysis.classes.with_slabs(np.ones(analysis.classes.count, dtype=np.bool_))
-        groups, reasons = _choosable(dependencies, asked(analysis) if asked else target_of(analysis, request), scores)
+        groups, targets, reasons = _choosable(
+            dependencies, asked(analysis) if asked else target_of(analysis, request), scores
+        )
         space = cls(
             dependencies,
             groups,
+            targets,
             reasons,
             request,
             score,
@@ -189,7 +193,7 @@ class Space:
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             parts += [f"{name} {tuple(tensor.shape)} {tensor.dtype}", flat.view(torch.uint8).numpy().tobytes()]
         for name, group in self.groups.items():
-            parts += [name, group.classes.tobytes(), group.unit_of.tobytes()]
+            parts += [name, repr(self.targets[name]), group.classes.tobytes(), group.unit_of.tobytes()]
         return digest(*parts, self.start.scores.tobytes())
 
     @cached_property
@@ -275,7 +279,11 @@ class Space:
     def most(self, name: str) -> float:
         """Returns the largest share of a group that may go."""
         group = self.groups[name]
-        return min(1 - self.keep_at_least, (group.size - 1) / group.size if group.size == group.units else 1.0)
+        return min(
+            1 - self.keep_at_least,
+            self.targets[name].most,
+            (group.size - 1) / group.size if group.size == group.units else 1.0,
+        )
 
     def left(self, live: Mask, of: Measure) -> float:
         """Returns which share of the dense model is left when the classes ``live`` are, in (0, 1].
@@ -368,9 +376,10 @@ class Space:
 
 def _choosable(
     dependencies: DependencyGraph, asked: Asked, scores: Scores
-) -> tuple[dict[str, ChannelGroup], dict[int, str]]:
-    """The groups of which something may go by name, and by index why each of the others is left alone."""
+) -> tuple[dict[str, ChannelGroup], dict[str, Target], dict[int, str]]:
+    """The groups of which something may go and what is asked of them by name; by index why others are left alone."""
     groups: dict[str, ChannelGroup] = {}
+    targets: dict[str, Target] = {}
     reasons: dict[int, str] = {}
     seen: dict[str, int] = {}
     for group in dependencies.groups:
@@ -382,5 +391,6 @@ def _choosable(
             reasons[group.index] = wish
             continue
         seen[group.name] = seen.get(group.name, 0) + 1
-        groups[group.name if seen[group.name] == 1 else f"{group.name}#{seen[group.name]}"] = group
-    return groups, reasons
+        name = group.name if seen[group.name] == 1 else f"{group.name}#{seen[group.name]}"
+        groups[name], targets[name] = group, wish
+    return groups, targets, reasons

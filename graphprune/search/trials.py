@@ -68,6 +68,8 @@ class Trials:
         seed: Of everything that is random.
         modules: Modules that workers of Ray do not have, whose code goes there with what needs it; that of the script
             that is run does so anyway.
+        code: Says which code evaluates and trains, as a digest; a journal is that of this code alone.
+        about: What else results depend on, by name, such as how long candidates are trained.
     """
 
     space: Space
@@ -77,6 +79,8 @@ class Trials:
     journal: Path | str | None = None
     seed: int = 0
     modules: Sequence[ModuleType] = ()
+    code: str = ""
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     def over(self, space: Space) -> "Trials":
         """Returns the same over another space of the model."""
@@ -93,8 +97,13 @@ class Trials:
         Raises:
             ConfigError: The journal is that of another search, or the workers are none.
         """
-        header = {"search": search, "minimize": self.minimize, "seed": self.seed, "settings": settings}
-        journal = Journal(self.journal, {**header, "model": self.space.fingerprint})
+        header = {
+            "search": search,
+            "minimize": self.minimize,
+            "seed": self.seed,
+            "settings": {**settings, **self.about},
+        }
+        journal = Journal(self.journal, {**header, "code": self.code, "model": self.space.fingerprint})
         with executor_of(self.workers, self.modules) as executor:
             yield Run(self, journal, executor)
 
@@ -166,9 +175,17 @@ class Run:
         return float(self._journal[key]["ms"])
 
     def found(self, chosen: Evaluation, state: State, note: str | None = None) -> Found:
-        """Returns what the search has found: ``chosen``, with the weights of ``state``."""
+        """Returns what the search has found: ``chosen``, with the weights of ``state``; its report has the note."""
         result = self.space.result(chosen.shares, state)
+        result = replace(result, report={**result.report, "note": note})
         return Found(chosen.shares, chosen.score, tuple(self.history), result, note)
+
+    def trained_and_found(self, best: Evaluation, state: State, tune: Tune | None) -> Found:
+        """Returns what the search has found: ``best``, trained in the end unless ``tune`` is None."""
+        if tune is None:
+            return self.found(best, state)
+        (best,) = self.evaluate([best.shares], state, tune=tune, use="what was found")
+        return self.found(best, self.trained(best, state, tune, use="what was found"))
 
     def _scored(self, lives: Sequence[Mask], state: State, tune: Tune | None, use: str) -> list[Evaluation]:
         keys = [self._key(live, state, tune, use) for live in lives]
