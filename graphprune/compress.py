@@ -1,7 +1,7 @@
 """The pipeline: capture, analyse, score, select, plan, shrink, verify. Read this first."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -239,6 +239,9 @@ def _numbers(tensor: Tensor, finite: bool) -> bool:
     return not any(bool((~part.isfinite() if finite else part.isnan()).any()) for part in parts)
 
 
+_UNASKED = ("not selected by the config list", "not among the modules asked for")
+"""What is said of groups that nobody asked anything of."""
+
 _UNFIT = "code does not fit a smaller"
 
 
@@ -283,7 +286,7 @@ def target_of(
             if any(f"{producer}.".startswith(f"{path}.") for producer in producers):
                 return f"{_UNFIT} {path}: {why}"
         if request.only and not producers & wanted:
-            return "not among the modules asked for"
+            return _UNASKED[1]
         return share(group)
 
     return target
@@ -332,7 +335,31 @@ def _check_something_goes(dependencies: DependencyGraph, selection: Selection, r
         raise ModelError(
             f"model: nothing can be pruned in what can be captured of it ({unfit or named}). {parts.stopped['']}"
         )
-    notes = [(choice.group.pin is None, choice.note) for choice in selection.choices if choice.note]
-    reasons = [note for free, note in notes if free] or [note for _, note in notes if "kernel" not in note]
-    why = max(dict.fromkeys(reasons), key=reasons.count) if reasons else "it has no channels that could go"
-    raise ModelError(f"model: nothing can be pruned ({why}). Look at its groups with graphprune inspect.")
+    notes = [(choice.group, choice.note) for choice in selection.choices]
+    raise nothing_goes(notes, target_of(dependencies.analysis, request))
+
+
+def nothing_goes(
+    notes: Sequence[tuple[ChannelGroup, str | None]], asked: Callable[[ChannelGroup], Target | str]
+) -> ModelError:
+    """Returns the error that nothing goes, with the commonest reason of the groups of which something should.
+
+    Args:
+        notes: The groups, and why each was left alone.
+        asked: Says what was asked of a group.
+    """
+    free: list[str] = []
+    pinned: list[str] = []
+    unasked: list[str] = []
+    for group, note in notes:
+        wish = asked(group)
+        if group.pin is not None:
+            if wish not in _UNASKED and "kernel" not in group.pin:
+                pinned.append(group.pin)
+        elif isinstance(wish, str):
+            (unasked if wish in _UNASKED else free).append(note or wish)
+        elif note is not None or wish.sparsity == 0:
+            free.append(note or "the sparsity that is asked for is 0")
+    reasons = free or pinned or unasked or ["it has no channels that could go"]
+    why = max(dict.fromkeys(reasons), key=reasons.count)
+    return ModelError(f"model: nothing can be pruned ({why}). Look at its groups with graphprune inspect.")

@@ -50,6 +50,8 @@ def read_config_file(path: Path | str) -> Any:
     Raises:
         ConfigError: There is no such file, it is not YAML, holds nothing, or has tags that stand for code.
     """
+    if not isinstance(path, Path | str):
+        raise ConfigError(f"config: is a {type(path).__name__}. Name a YAML file.")
     try:
         text = Path(path).read_text(encoding="utf-8")
         data = yaml.load(text, Loader=_Loader)

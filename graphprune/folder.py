@@ -3,6 +3,9 @@
 import hashlib
 import json
 import operator
+import os
+import platform
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -56,7 +59,8 @@ def replacing(folder: Path, *, force: bool = False) -> Iterator[Path]:
     """
     check_free(folder, force=force)
     target = folder.absolute()
-    draft, former = (target.with_name(f".{target.name}-{kind}-{secrets.token_hex(4)}") for kind in ("new", "old"))
+    whose = f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+    draft, former = (target.with_name(f".{target.name}-{kind}-{whose}") for kind in ("new", "old"))
     with writing(folder):
         draft.mkdir()
     try:
@@ -70,9 +74,36 @@ def replacing(folder: Path, *, force: bool = False) -> Iterator[Path]:
                 if former.exists():
                     former.rename(target)
                 raise
+        _remove_abandoned(target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(former, ignore_errors=True)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Removes what runs for the same folder have left that were killed on this machine."""
+    name = re.compile(rf"\.{re.escape(target.name)}-(?:new|old)-{re.escape(_host())}-(\d+)-[0-9a-f]{{8}}")
+    for path in target.parent.iterdir():
+        match = name.fullmatch(path.name)
+        if match is not None and not _is_running(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _host() -> str:
+    """This machine, in the names of drafts: other machines that share a disk have other processes."""
+    return re.sub(r"\W", "_", platform.node())
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":
+        return True  # there is no asking without harm
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 @contextmanager

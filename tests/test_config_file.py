@@ -13,7 +13,8 @@ from torch import nn
 
 import graphprune
 from graphprune.config_file import read_config_file
-from graphprune.errors import ConfigError
+from graphprune.errors import ConfigError, ModelError
+from graphprune.search import Space
 
 pytestmark = pytest.mark.usefixtures("quiet_and_quick")
 
@@ -64,6 +65,14 @@ def test_what_a_config_list_cannot_be() -> None:
         kept([])
     with pytest.raises(graphprune.errors.ModelError, match=r"nothing can be pruned"):
         kept([{"op_names": ["fc"], "sparsity": 0.5}])
+    for entry, why in (
+        ({"op_names": ["fc"], "sparsity": 0.5}, r"is an output of the model \(output\)"),
+        ({"op_names": ["one"], "sparsity": 0}, "the sparsity that is asked for is 0"),
+    ):
+        for asking in (kept, lambda listed: Space.of(Chain(), torch.randn(2, 3, 9, 9), config_list=listed, round_to=1)):
+            if asking is kept or entry["sparsity"]:
+                with pytest.raises(ModelError, match=rf"^model: nothing can be pruned \({why}\)\. Look at"):
+                    asking([entry])
     for key, value in (("start_epoch", 1), ("end_epoch", 3), ("frequency", 2), ("prune_iterations", 3)):
         with pytest.raises(ConfigError, match=rf"config_list\[0\]: {key} has no effect where no loop of epochs is"):
             kept([{"op_types": ["Conv2d"], "sparsity": 0.5, key: value}])
@@ -158,3 +167,9 @@ def test_numbers_are_numbers(tmp_path: Path) -> None:
     assert read_config_file(path) == [1e-4, 1e3, -25.0, 100.0, "1e5x", "12e", 0.1, "a1e5", 3]
     path.write_text("a: &x {b: 1}\nc:\n  <<: *x\n  b: 2\n")
     assert read_config_file(path) == {"a": {"b": 1}, "c": {"b": 2}}
+
+
+def test_what_is_tied_to_a_layer_that_is_not_selected_says_so(place: Path) -> None:
+    (place / "c.yaml").write_text("- {op_names: [stem], sparsity: 0.5}\n")
+    line = complaint(run("compress", "net.py", "--config", "c.yaml", *QUICK))
+    assert line.startswith("model: nothing can be pruned (tied to body, which the config list does not select).")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -313,3 +315,18 @@ def test_the_users_model_is_never_changed(tmp_path: Path, training: bool) -> Non
 def test_public_names() -> None:
     assert graphprune.load is load
     assert issubclass(ConfigError, GraphpruneError)
+
+
+def test_what_a_killed_run_left_goes_with_the_next(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; from graphprune.folder import replacing\n"
+        "with replacing(Path(sys.argv[1])) as draft:\n    (draft / 'half').touch(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    target = tmp_path / "out"
+    subprocess.run([sys.executable, "-c", code, str(target)], check=False)
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".out-new-") and (left / "half").exists()
+    (tmp_path / ".out-new-0123abcd").mkdir()  # of whom nobody knows whether it runs
+    with replacing(target), pytest.raises(KeyError), replacing(target):
+        raise KeyError  # one at the same time, which runs
+    assert left.exists() is False and {path.name for path in tmp_path.iterdir()} == {"out", ".out-new-0123abcd"}

@@ -116,6 +116,7 @@ def test_a_file_that_does_not_fit(write: Callable[..., Path], old: str, new: str
 @pytest.mark.parametrize(
     ("old", "new", "line"),
     [
+        ("learning_rate: 2e-2", "learning_rate: fast", r"optimizer.SGD: .*\(lr 'fast', .*\)\. Correct its arguments\.$"),
         ("root: ROOT", "root: elsewhere", r"dataset.ImageFolder: there is no elsewhere\. Correct its arguments\.$"),
         ("root: ROOT", "rot: ROOT", r"dataset.ImageFolder: 'rot' is no argument of it \(did you mean 'root'\?\)\. It has root, transform\.$"),
         ("ImageFolder:", "ImageFolders:", r"dataset: torchvision.datasets has no 'ImageFolders' \(did you mean 'ImageFolder'\?\)"),
@@ -190,3 +191,8 @@ def test_the_command_line_ends_in_one_line(
     )
     assert complaint(run("compress", "net.py", "--config", "no.yaml")).startswith("no.yaml: cannot be read")
     assert sorted(one.name for one in tmp_path.iterdir() if one.name != "__pycache__") == ["conf.yaml", "net.py"]
+
+
+def test_a_configuration_is_a_file() -> None:
+    with pytest.raises(ConfigError, match=r"^config: is a dict\. Name a YAML file\.$"):
+        Pruning({"pruning": 1})  # type: ignore[arg-type]

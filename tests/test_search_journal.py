@@ -162,6 +162,20 @@ def test_lost_weights_are_trained_again(space: Space, tmp_path: Path) -> None:
     assert sorted(tmp_path.glob("journal.jsonl.*.safetensors")) == kept
 
 
+def test_weights_of_killed_runs_go_in_the_end(space: Space, tmp_path: Path) -> None:
+    run, journal = SEARCHES["netadapt"], tmp_path / "journal.jsonl"
+    run(Trials(space, Counting(), journal=journal))
+    kept = set(tmp_path.iterdir())
+    for name in (
+        "0123456789abcdef.safetensors",
+        f"{next(iter(kept - {journal})).name.split('.')[2]}.safetensors.77.new",
+    ):
+        (tmp_path / f"journal.jsonl.{name}").touch()
+    (tmp_path / "journal.jsonl.mine.safetensors").touch()
+    run(Trials(space, Counting(0), journal=journal))
+    assert set(tmp_path.iterdir()) == kept | {tmp_path / "journal.jsonl.mine.safetensors"}
+
+
 def test_the_journal_of_something_else_is_refused(space: Space, tmp_path: Path) -> None:
     journal = tmp_path / "journal.jsonl"
     annealing(Trials(space, fit, journal=journal), 0.4, schedule=Schedule(start=20, tries=1))

@@ -140,7 +140,9 @@ def _made(kind: Callable[..., Any], asked: Call, where: str, *first: Any, **extr
     try:
         return kind(*first, *asked.single, **{**extra, **asked.arguments})
     except (TypeError, ValueError, RuntimeError, OSError) as error:
-        raise ConfigError(f"{subject}: {_why(error)}. Correct its arguments.") from error
+        given = ", ".join(f"{key} {value!r:.40}" for key, value in asked.arguments.items())
+        told = f" ({given})" if given and isinstance(error, TypeError) else ""  # which does not say of what it speaks
+        raise ConfigError(f"{subject}: {_why(error)}{told}. Correct its arguments.") from error
 
 
 def _why(error: Exception) -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class Journal:
         self.path = None if path is None else Path(path)
         self._entries: dict[str, Entry] = {}
         self._weights: dict[str, Weights] = {}
+        self._needed: set[str] = set()
         if self.path is None:
             return
         header = json.loads(json.dumps({"journal": 1, **header}))
@@ -73,6 +75,7 @@ class Journal:
         if file is None:
             self._weights[key] = weights
             return
+        self._needed.add(file.name)
         draft = file.with_name(f"{file.name}.{os.getpid()}.new")
         try:
             save_tensors(weights, draft)
@@ -87,6 +90,7 @@ class Journal:
         file = self._file(key)
         if file is None:
             return self._weights.get(key)
+        self._needed.add(file.name)
         return read_weights(file) if file.is_file() else None
 
     def drop(self, key: str) -> None:
@@ -95,7 +99,17 @@ class Journal:
         if file is None:
             self._weights.pop(key, None)
         else:
+            self._needed.discard(file.name)
             file.unlink(missing_ok=True)
+
+    def tidy(self) -> None:
+        """Removes the weights beside the journal that a finished search did not use, such as those of killed runs."""
+        if self.path is None:
+            return
+        ours = re.compile(rf"{re.escape(self.path.name)}\.[0-9a-f]{{16}}\.safetensors(\.\d+\.new)?")
+        for file in self.path.parent.iterdir():
+            if ours.fullmatch(file.name) and file.name not in self._needed:
+                file.unlink(missing_ok=True)
 
     def _file(self, key: str) -> Path | None:
         return None if self.path is None else self.path.with_name(f"{self.path.name}.{key[:16]}.safetensors")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from graphprune.compress import Calibrate, Result, Stages, block_of, finished, scores_of, target_of
+from graphprune.compress import Calibrate, Result, Stages, block_of, finished, nothing_goes, scores_of, target_of
 from graphprune.config import Request, closest
 from graphprune.criteria import Scores
 from graphprune.dependency import DependencyGraph, find_dependencies
@@ -121,9 +121,10 @@ class Space:
 
         scores = score(analysis, request.seed)
         live = analysis.classes.with_slabs(np.ones(analysis.classes.count, dtype=np.bool_))
-        groups, targets, reasons = _choosable(
-            dependencies, asked(analysis) if asked else target_of(analysis, request), scores
-        )
+        says = asked(analysis) if asked else target_of(analysis, request)
+        groups, targets, reasons = _choosable(dependencies, says, scores)
+        if not groups:
+            raise nothing_goes([(group, reasons.get(group.index)) for group in dependencies.groups], says)
         space = cls(
             dependencies,
             groups,
@@ -136,19 +137,7 @@ class Space:
             example_inputs,
             State(live, scores),
         )
-        return space._that_fits() if analysis.captured.parts is not None else space._that_gives()
-
-    def _that_gives(self) -> "Space":
-        """The same.
-
-        Raises:
-            ModelError: Nothing of it may go.
-        """
-        if self.groups:
-            return self
-        reasons = list(self.reasons.values())
-        why = max(reasons, key=reasons.count, default="it has no channels that could go")
-        raise ModelError(f"model: nothing can be pruned ({why}). Look at its groups with graphprune inspect.")
+        return space._that_fits() if analysis.captured.parts is not None else space
 
     def _that_fits(self) -> "Space":
         """The same without the groups of parts whose code does not fit smaller tensors, tried at half of the channels.
@@ -160,7 +149,7 @@ class Space:
         unfit: dict[str, str] = {}
         space = self
         while True:
-            live = space._that_gives().live(dict.fromkeys(space.groups, 0.5))
+            live = space.live(dict.fromkeys(space.groups, 0.5))
             try:
                 shrink(space.analysis.captured, make_plan(space.analysis, live))
             except MisfitError as error:
@@ -171,6 +160,10 @@ class Space:
                 notes = {name: fits(group) for name, group in space.groups.items()}
                 groups = {name: group for name, group in space.groups.items() if not isinstance(notes[name], str)}
                 left = {self.groups[name].index: note for name, note in notes.items() if isinstance(note, str)}
+                if not groups:
+                    raise nothing_goes(
+                        [(group, left.get(group.index)) for group in self.groups.values()], fits
+                    ) from error
                 space = replace(space, groups=groups, reasons={**space.reasons, **left}, _chosen={})
             else:
                 return space

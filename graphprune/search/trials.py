@@ -106,6 +106,7 @@ class Trials:
         journal = Journal(self.journal, {**header, "code": self.code, "model": self.space.fingerprint})
         with executor_of(self.workers, self.modules) as executor:
             yield Run(self, journal, executor)
+        journal.tidy()
 
 
 class Run:
