@@ -21,6 +21,7 @@ DEFAULT_TYPES = (
 )  # fmt: skip
 """What ``default`` means among types: layers with weights that are no norms."""
 
+_NAMES_OF_SPARSITY = ("sparsity", "sparsity_per_layer", "sparse_ratio", "final_sparsity")
 _SELECTORS = ("op_types", "op_names", "op_partial_names", "op_names_re")
 
 
@@ -51,9 +52,7 @@ class Entry(BaseModel):
     op_partial_names: tuple[str, ...] | None = None
     op_names_re: tuple[str, ...] | None = None
     exclude: bool = False
-    sparsity: float | None = Field(
-        None, validation_alias=AliasChoices("sparsity", "sparsity_per_layer", "sparse_ratio", "final_sparsity")
-    )
+    sparsity: float | None = Field(None, validation_alias=AliasChoices(*_NAMES_OF_SPARSITY))
     total_sparsity: float | None = None
     max_sparsity_per_layer: float = 1.0
     initial_sparsity: float = 0.0
@@ -183,6 +182,8 @@ def _entry(position: int, values: Mapping[str, Any]) -> Entry:
         raise ConfigError(
             f"config_list[{position}]: is {values!r:.60}. Give a dictionary, such as {{'sparsity': 0.5}}."
         )
+    if len(given := [name for name in _NAMES_OF_SPARSITY if name in values]) > 1:
+        raise ConfigError(f"config_list[{position}]: {' and '.join(given)} are names of one key. Give one of them.")
     try:
         return Entry.model_validate(dict(values))
     except ValidationError as error:
@@ -192,7 +193,7 @@ def _entry(position: int, values: Mapping[str, Any]) -> Entry:
             raise ConfigError(f"{subject}: {first['ctx']['error']}.") from error
         key = str(first["loc"][0])
         if first["type"] == "extra_forbidden":
-            known = [*Entry.model_fields, "sparsity_per_layer", "sparse_ratio", "final_sparsity"]
+            known = [*Entry.model_fields, *_NAMES_OF_SPARSITY[1:]]
             raise ConfigError(
                 f"{subject}: {key!r} is no key of an entry{closest(key, known)}. Use some of {', '.join(known)}."
             ) from error
