@@ -107,12 +107,12 @@ def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
         f"SGD with momentum 0.9 and batches of {SIZE}, random crops and flips, a learning rate that rises to 0.05 and falls to "
         "zero, bfloat16 where PyTorch's autocast has it. *Pruned*: accuracy on the 10,000 test images right after pruning, of a "
         "schedule after its last round; *trained*: after training. *Epochs*: those in which an algorithm learns what goes, if it "
-        "does, and those of training what stays, which a schedule shares out between its four rounds; lottery tickets begin again "
+        "does, and those of training what stays, which a schedule shares out between its rounds, four at most; lottery tickets begin again "
         "after all rounds. No epoch was chosen by the test images. "
         "*Parameters*: those that are not masked; where single weights go, the network keeps its shape, and its "
         "multiply-accumulates. Where layers are ranked together, half of all scales, or of all weights by the channels that "
         "produce them, go. Searches look for half of the weights by the channels that produce them, netadapt and amc of the multiply-accumulates; "
-        f"they choose by the accuracy on {SCORED} training images, and seconds say what that takes. One seed; an accuracy of 90 % on 10,000 images has a standard error of 0.3.",
+        f"they choose by the accuracy on {SCORED} training images. *Seconds*: all but the evaluations, on a machine that did other work beside. One seed; an accuracy of 90 % on 10,000 images has a standard error of 0.3.",
         "",
         *page.table(HEAD, KEYS, {name: rows[name] for name in RUNS if name in rows}),
     ]

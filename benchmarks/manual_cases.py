@@ -293,6 +293,7 @@ def rows_of(name: str, given: argparse.Namespace) -> dict[str, Row]:
 def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """The page; cases in the order of their table."""
     order = [name for case in CASES for name in rows if name.partition(" ")[0] == case]
+    missing = [f"`{case}`" for case in CASES if all(name.partition(" ")[0] != case for name in order)]
     lines = [
         "# The manuals' own cases",
         "",
@@ -309,6 +310,7 @@ def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
         "LeNet-300-100, rewound after each of ten rounds, by the manual's own loop; not on MNIST, but on the digits of "
         f"scikit-learn (mean of {SEEDS} seeds) and on the pixels of CIFAR-10.",
         "",
+        *([f"Without a result so far: {', '.join(missing)}.", ""] if missing else []),
         *page.table(HEAD, KEYS, {name: rows[name] for name in order}),
     ]
     return "\n".join(lines) + "\n"

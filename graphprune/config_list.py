@@ -21,6 +21,7 @@ DEFAULT_TYPES = (
 )  # fmt: skip
 """What ``default`` means among types: layers with weights that are no norms."""
 
+_NAMES_OF_SPARSITY = ("sparsity", "sparsity_per_layer", "sparse_ratio", "final_sparsity")
 _SELECTORS = ("op_types", "op_names", "op_partial_names", "op_names_re")
 
 
@@ -51,9 +52,7 @@ class Entry(BaseModel):
     op_partial_names: tuple[str, ...] | None = None
     op_names_re: tuple[str, ...] | None = None
     exclude: bool = False
-    sparsity: float | None = Field(
-        None, validation_alias=AliasChoices("sparsity", "sparsity_per_layer", "sparse_ratio", "final_sparsity")
-    )
+    sparsity: float | None = Field(None, validation_alias=AliasChoices(*_NAMES_OF_SPARSITY))
     total_sparsity: float | None = None
     max_sparsity_per_layer: float = 1.0
     initial_sparsity: float = 0.0
@@ -92,6 +91,11 @@ class Entry(BaseModel):
     def _makes_sense(self) -> "Entry":
         if self.sparsity is not None and self.total_sparsity is not None:
             raise ValueError("has both sparsity and total_sparsity. Give one of them")
+        if self.total_sparsity is not None and self.total_sparsity > self.max_sparsity_per_layer:
+            raise ValueError(
+                f"asks for a total_sparsity of {self.total_sparsity} that max_sparsity_per_layer "
+                f"{self.max_sparsity_per_layer} cannot reach. Raise the latter, or ask for less"
+            )
         if self.exclude and (self.sparsity is not None or self.total_sparsity is not None):
             raise ValueError("both excludes layers and says how much of them goes. Give one of the two")
         if not any(getattr(self, selector) for selector in _SELECTORS):
@@ -128,9 +132,20 @@ class Setting:
         key = "sparsity" if self.entry.total_sparsity is None else "total_sparsity"
         return replace(self, entry=self.entry.model_copy(update={key: share}))
 
+    def asks_like(self, other: "Setting") -> bool:
+        """Whether ``other`` is of the same entry and share."""
+        return (self.position, self.entry.share) == (other.position, other.entry.share)
+
     def at_most(self, share: float) -> "Setting":
-        """Returns the same setting with no more than ``share`` of one layer going where several are ranked."""
+        """Returns the same setting with no more than ``share`` of one layer going where several are ranked.
+
+        Raises:
+            ConfigError: So much cannot go then.
+        """
         most = min(share, self.entry.max_sparsity_per_layer)
+        if (self.entry.share or 0.0) > most:
+            fact = f"with it no sparsity of {self.entry.share} can be reached"
+            raise ConfigError(f"max_sparsity_per_layer {most}: {fact}. Raise it, or ask for less.")
         return replace(self, entry=self.entry.model_copy(update={"max_sparsity_per_layer": most}))
 
 
@@ -149,7 +164,7 @@ def read_config_list(
     """
     if isinstance(config_list, Mapping | str) or not isinstance(config_list, Sequence) or not config_list:
         raise ConfigError(f"config_list {config_list!r:.60}: is no list of entries. Give a list of dictionaries.")
-    layers = {name: module for name, module in model.named_modules() if name}
+    layers = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     settings: dict[str, Setting] = {}
     for position, values in enumerate(config_list):
         entry = _entry(position, values)
@@ -167,6 +182,8 @@ def _entry(position: int, values: Mapping[str, Any]) -> Entry:
         raise ConfigError(
             f"config_list[{position}]: is {values!r:.60}. Give a dictionary, such as {{'sparsity': 0.5}}."
         )
+    if len(given := [name for name in _NAMES_OF_SPARSITY if name in values]) > 1:
+        raise ConfigError(f"config_list[{position}]: {' and '.join(given)} are names of one key. Give one of them.")
     try:
         return Entry.model_validate(dict(values))
     except ValidationError as error:
@@ -176,7 +193,7 @@ def _entry(position: int, values: Mapping[str, Any]) -> Entry:
             raise ConfigError(f"{subject}: {first['ctx']['error']}.") from error
         key = str(first["loc"][0])
         if first["type"] == "extra_forbidden":
-            known = [*Entry.model_fields, "sparsity_per_layer", "sparse_ratio", "final_sparsity"]
+            known = [*Entry.model_fields, *_NAMES_OF_SPARSITY[1:]]
             raise ConfigError(
                 f"{subject}: {key!r} is no key of an entry{closest(key, known)}. Use some of {', '.join(known)}."
             ) from error

@@ -65,7 +65,7 @@ def l1(weight: Tensor, dims: list[int]) -> Tensor:
 
 
 def l2(weight: Tensor, dims: list[int]) -> Tensor:
-    """Sum W_c^2, whose root is the norm."""
+    """Sum W_c^2, whose root is the norm of one slice."""
     return _in_parts(Tensor.square, weight, dims)
 
 
@@ -85,7 +85,10 @@ SLICES: Mapping[str, tuple[Callable[[Tensor, list[int]], Tensor], Callable[[Scor
     "l2": (l2, np.sqrt),
     "fpgm": (fpgm, np.asarray),
 }
-"""Criteria that look at slices of weights: what is summed over the slices of a channel, and what is made of the sum."""
+"""Criteria that look at slices of weights: what is summed over the slice of a channel, and what is made of the sum.
+
+The scores of all slices that are coupled are added up.
+"""
 
 
 def bn_scale(analysis: Analysis, evidence: Evidence, produced: bool) -> Scores:
@@ -145,7 +148,7 @@ def random(analysis: Analysis, evidence: Evidence, produced: bool) -> Scores:
 
 def _of_slices(name: str) -> Criterion:
     of_slice, finish = SLICES[name]
-    return Criterion(lambda analysis, evidence, produced: finish(_summed(analysis, of_slice, produced)))
+    return Criterion(lambda analysis, evidence, produced: _summed(analysis, of_slice, produced, finish=finish))
 
 
 CRITERIA: Mapping[str, Criterion] = {
@@ -193,6 +196,7 @@ def _summed(
     score: Callable[[Tensor, list[int]], Tensor],
     produced: bool,
     instead: Mapping[str, Tensor] | None = None,
+    finish: Callable[[Scores], Scores] = np.asarray,
 ) -> Scores:
     """Adds up for each class what ``score`` says of a weight after reducing the dimensions it is given.
 
@@ -201,11 +205,14 @@ def _summed(
         score: The score of each slice of one weight.
         produced: Whether only slices count whose operators produce the channels.
         instead: Tensors that stand for the weights; a weight that has none counts for nothing.
+        finish: What is made of the sum over one slice.
     """
     scores = np.zeros(analysis.classes.count)
     for name, weight, plane in _weights(analysis, produced):
         others = [dim for dim in range(weight.dim()) if dim not in support(plane)]
         seen = weight if instead is None else instead.get(name)
         if seen is not None:
-            np.add.at(scores, analysis.classes.plane(plane), score(seen, others).double().cpu().numpy())
+            slices = np.zeros_like(scores)
+            np.add.at(slices, analysis.classes.plane(plane), score(seen, others).double().cpu().numpy())
+            scores += finish(slices)
     return scores

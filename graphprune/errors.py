@@ -17,3 +17,9 @@ class ModelError(GraphpruneError):
 
 class TrainingError(GraphpruneError):
     """Training went wrong: a loss that is no number, a trainer that trains something else."""
+
+
+def shown(value: object) -> str:
+    """Returns how ``value`` looks, in one line of no more than 60 characters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."

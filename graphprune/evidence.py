@@ -1,5 +1,6 @@
 """What criteria know of a model beside its weights: its activations on data, and the gradients of its loss."""
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
+from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import ConfigError
@@ -103,7 +105,16 @@ class Observer:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Looks on while the context is open."""
+        """Looks on while the context is open.
+
+        Raises:
+            ConfigError: There will be no gradients, because no parameter requires any.
+        """
+        if self._need == "gradients" and not any(one.requires_grad for one in self._model.parameters()):
+            raise ConfigError(
+                "model: no parameter of it requires gradients, so that there are none to look at. Let some require "
+                "them with requires_grad_()."
+            )
         with ExitStack() as stack:
             if self.analysis is not None:
                 self._start(stack, self.analysis)
@@ -303,8 +314,12 @@ def gather(
 
 
 @contextmanager
-def put_back(model: nn.Module) -> Iterator[None]:
-    """Gives the tensors of a model back what they held, their gradients, and the modules their modes."""
+def put_back(model: nn.Module, optimizer: object = None) -> Iterator[None]:
+    """Gives the tensors of a model back what they held, their gradients, and the modules their modes.
+
+    So does an optimizer, if that is what is given, with what it remembers.
+    """
+    remembered = copy.deepcopy(optimizer.state_dict()) if isinstance(optimizer, Optimizer) else None
     tensors = [*model.parameters(), *model.buffers()]
     held = [tensor.detach().clone() for tensor in tensors]
     gradients = [tensor.grad for tensor in tensors]
@@ -320,3 +335,5 @@ def put_back(model: nn.Module) -> Iterator[None]:
                 tensor.grad = gradient
         for module, mode in modes.items():
             module.training = mode
+        if isinstance(optimizer, Optimizer) and remembered is not None:
+            optimizer.load_state_dict(remembered)

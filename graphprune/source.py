@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import os
 import re
 import sys
 import sysconfig
@@ -14,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,6 +50,8 @@ class Source:
         example_inputs: A tensor, a tuple of positional inputs or a mapping of keyword inputs.
         evaluate: Says how good a model is, in the unit of its author; None if there is no such function.
         training: How such a model is trained; None if there is no such function.
+        modules: Its module, and those imported from the same folder or from others that its code puts on ``sys.path``:
+            other processes cannot import them.
         code: Digest of the code in the file that all of this comes from; comments and blanks do not count.
         folder: Where its code finds what it imports.
     """
@@ -58,6 +62,7 @@ class Source:
     example_inputs: ExampleInputs
     evaluate: Evaluate | None
     training: Training | None = None
+    modules: tuple[ModuleType, ...] = ()
     code: str = ""
     folder: Path = Path()
 
@@ -115,21 +120,25 @@ def load_source(
     _check_device(device)
     with torch.random.fork_rng(devices=[]), _importing_from(folder):
         torch.manual_seed(seed)
+        before = set(sys.path)
         module = _import_file(path, text) if path else _import_package(text.rpartition(":")[0], text)
         model = _build(module, name, text)
+        homes = [folder, *(Path(place).absolute() for place in sys.path if place not in before)]
         if weights is not None:
             load_weights(model, weights)
         model = model.to(device)
         example = _drawn(inputs, model) if inputs else _offered(module, text)
     example = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), example)
     evaluate = getattr(module, "evaluate", None)
+    training = _training(module, folder, text)
     return Source(
         name=name.rpartition(".")[2] or Path(str(module.__file__)).stem,
         text=text,
         model=model,
         example_inputs=example,
         evaluate=_guarded(evaluate, folder, text) if callable(evaluate) else None,
-        training=_training(module, folder, text),
+        training=training,
+        modules=(*((module,) if path else ()), *_modules_from(homes)),
         code=_digest(module),
         folder=folder,
     )
@@ -356,6 +365,18 @@ def _place(error: BaseException) -> str:
         return f" at {error.filename}:{error.lineno}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_own(frame.filename)]
     return f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+
+
+def _modules_from(homes: Sequence[Path]) -> Iterator[ModuleType]:
+    """Modules of Python code that were imported from one of the folders."""
+    for name, module in sys.modules.items():
+        spec = getattr(module, "__spec__", None)
+        if not isinstance(spec, ModuleSpec) or name.partition(".")[0] in ("graphprune", "speedup"):
+            continue
+        places = [str(spec.origin)] if spec.has_location else list(spec.submodule_search_locations or ())
+        stems = {place.removesuffix(".py").removesuffix(f"{os.sep}__init__") for place in places}
+        if any(str(home.joinpath(*name.split("."))) in stems for home in homes):
+            yield module
 
 
 def _is_own(filename: str) -> bool:

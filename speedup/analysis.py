@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from speedup.capture import Captured, attribute, output_names
@@ -101,6 +101,7 @@ def analyse(captured: Captured) -> Analysis:
     """
     flow = Flow()
     names = tensor_names(captured.graph_module, *filter(None, [captured.training]))
+    names |= _other_names(captured.model, names)
     parameters: dict[str, Labels] = {}
     end = "is an output of the model" if captured.parts is None else "leaves what could be captured of the model"
     labels, unknown = _labelled(flow, captured.graph_module, names, parameters, captured.known, end)
@@ -256,6 +257,16 @@ def tensor_names(*graph_modules: fx.GraphModule) -> dict[str, str]:
                 name = str(node.target)
                 names[name] = first.setdefault(id(attribute(graph_module, name)), name)
     return names
+
+
+def _other_names(model: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
+    """Names of the model's parameters and buffers that the graphs do not read, but under another name."""
+    registered = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    known = {id(tensor): names[name] for name, tensor in registered if name in names}
+    return {name: known[id(tensor)] for name, tensor in registered if name not in names and id(tensor) in known}
 
 
 def _parameter(flow: Flow, name: str, tensor: Tensor, joint: bool) -> Labels:

@@ -127,6 +127,11 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Captured:
         raise CaptureError("inputs: torch.export takes no packed sequences. Give padded ones, and the layers them too.")
     if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
         raise CaptureError(f"{type(model).__name__}: its lazy layers have no sizes yet. Call it once on an example.")
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        raise CaptureError(
+            f"{type(model).__name__}: was made under torch.inference_mode(), whose tensors cannot be changed outside. "
+            "Make it outside."
+        )
     args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
     for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor) and (not leaf.numel() or (leaf.is_floating_point() and not _numbers(leaf))):

@@ -139,29 +139,35 @@ def plain_state(state: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         state: What ``state_dict()`` of a masked model, or of one that contains it, gave.
     """
-    beside = {_beside(key): key for key in state}
     with torch.no_grad():
         return {
             key: value * state[_beside(key)].to(value) if _beside(key) in state else value
-            for key, value in state.items()
-            if key not in beside
+            for key, value in beneath_masks(state).items()
         }
 
 
+def beneath_masks(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the state of a masked model without the masks: its parameters are as they are, those masked out too."""
+    masks = {_beside(key) for key in state}
+    return {key: value for key, value in state.items() if key not in masks}
+
+
 def flat_masks(masks: Masks) -> Iterator[tuple[str, Tensor]]:
-    """Yields the name of each masked parameter with its mask, of masks in either form.
+    """Yields the name of each masked parameter with its mask, of masks in either form; None stands for no mask.
 
     Raises:
-        PlanError: They are no mapping.
+        PlanError: They are no mapping, or one of them is no tensor.
     """
     if not isinstance(masks, Mapping):
         raise PlanError(f"masks: are of type {type(masks).__name__}. Give tensors by the names of parameters.")
     for name, mask in masks.items():
-        if isinstance(mask, Mapping):
-            inside = ((f"{name}.{inner}".lstrip("."), value) for inner, value in mask.items())
-            yield from ((full, value) for full, value in inside if isinstance(value, Tensor))
-        else:
-            yield name, mask
+        inside = mask.items() if isinstance(mask, Mapping) else [("", mask)]
+        for inner, value in inside:
+            full = f"{name}.{inner}".strip(".")
+            if value is not None and not isinstance(value, Tensor):
+                raise PlanError(f"{full}: the mask is of type {type(value).__name__}. Give a tensor of zeros and ones.")
+            if value is not None:
+                yield full, value
 
 
 def _beside(name: str) -> str:
@@ -187,9 +193,9 @@ def _maskable(model: nn.Module, named: Mapping[str, nn.Parameter], name: str) ->
 
 def _fitting(name: str, parameter: nn.Parameter, mask: Tensor) -> Tensor:
     """The mask in the type of its parameter and where that is."""
-    if not isinstance(mask, Tensor) or mask.shape != parameter.shape:
-        given = f"has shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"is of type {type(mask).__name__}"
-        raise PlanError(f"{name}: the mask {given}, the parameter {tuple(parameter.shape)}. Give masks of its shape.")
+    if mask.shape != parameter.shape:
+        shapes = f"has shape {tuple(mask.shape)}, the parameter {tuple(parameter.shape)}"
+        raise PlanError(f"{name}: the mask {shapes}. Give masks of its shape.")
     if mask.is_floating_point() and bool(mask.isnan().any()):
         raise PlanError(f"{name}: the mask holds nan. Give zeros where it is masked out, and ones elsewhere.")
     return mask.detach().to(parameter)

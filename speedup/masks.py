@@ -22,6 +22,7 @@ from speedup.plan import ShrinkPlan
 from speedup.planning import make_plan
 from speedup.program import evaluating
 from speedup.proof import Proof, prove
+from speedup.reconciling import reconcile
 from speedup.shrink import shrink
 from speedup.silenced import Silenced
 
@@ -44,6 +45,7 @@ class ModelSpeedup:
     Attributes:
         reconciled: For each masked tensor by name how many channels it masks out that are kept all the same.
         plan: What is kept of each tensor, by its canonical name.
+        model: The shrunk model, once :meth:`speedup_model` has run.
         proof: The proof, once :meth:`speedup_model` has run; it compares what is kept, before anything is folded.
         folded: For each bias or stored mean by name the most that was added to an element of it for what is left of
             removed channels, once :meth:`speedup_model` has run.
@@ -75,9 +77,10 @@ class ModelSpeedup:
         self._analysis = analyse(capture(without_masks(model), example_inputs))
         self._values = dict(flat_masks(masks))
         self._masks = {name: self._checked(name, mask) for name, mask in self._values.items()}
-        self._live = _rectangular(self._analysis, _produced(self._analysis, self._masks))
+        self._live = reconcile(self._analysis, _produced(self._analysis, self._masks))
         self.reconciled = self._count_reconciled()
         self.plan = make_plan(self._analysis, self._live)
+        self.model: nn.Module | None = None
         self.proof: Proof | None = None
         self.difference: float | None = None
         self.folded: dict[str, float] = {}
@@ -107,6 +110,7 @@ class ModelSpeedup:
         self.folded = {name: float(amount.abs().max()) for name, amount in leftovers.folds.items()}
         self.left_behind = dict(leftovers.left)
         self.difference = _output_difference(dense, shrunk.model, captured)
+        self.model = shrunk.model
         return shrunk.model
 
     def cut(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -197,31 +201,3 @@ def _all_of(classes: Index, gone: Mask, count: int) -> Mask:
     found = np.bincount(classes, minlength=count)
     every: Mask = (found > 0) & (np.bincount(classes, weights=gone, minlength=count) == found)
     return every
-
-
-def _rectangular(analysis: Analysis, live: Mask) -> Mask:
-    """Returns ``live`` with as many channels back as make every block a rectangle and give every part what it needs.
-
-    Rows that are gone stay gone, unless the block needs every row. Of every tensor something stays. Where what stays
-    does not take turns as a shuffle does, every turn comes back of which something stays.
-    """
-    classes = analysis.classes
-    blocks = [block for block in classes.blocks if len(block.members) > 1]
-    planes = [classes.plane(plane).reshape(-1) for labels in analysis.parameters.values() for plane in labels.planes]
-    while True:
-        before = live.copy()
-        for members in planes:
-            live[members[:1]] |= not live[members].any()
-        for block in blocks:
-            counts = live[block.members].sum(axis=1)
-            for row, count in zip(block.members, counts, strict=True):
-                if (count or block.every) and count < counts.max():
-                    live[row[~live[row]][: counts.max() - count]] = True
-        for weave in classes.weaves:
-            if not weave.keeps_turns(live):
-                live[weave.turns] = live[weave.turns].any(axis=1, keepdims=True)
-        for part in classes.parts:
-            gone = part.members[~live[part.members]]
-            live[gone[: max(part.least - (len(part.members) - len(gone)), 0)]] = True
-        if (live == before).all():
-            return classes.with_slabs(live)

@@ -49,6 +49,12 @@ def plain(deliveries: dict[str, Delivery], tmp_path: Path) -> Path:
     return Path(shutil.copytree(deliveries["plain"].folder, tmp_path / "plain"))
 
 
+@pytest.fixture(scope="session")
+def ray_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where Ray keeps the token of its clusters, which a process reads only once."""
+    return tmp_path_factory.mktemp("ray_home")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # one of several processes, each of which has a core
         torch.set_num_threads(1)

@@ -181,3 +181,13 @@ def test_they_are_imported_when_they_are_used() -> None:
     code = "import graphprune.training.callbacks, sys; print([m for m in ('transformers', 'pytorch_lightning') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("make", [lightning_callback, transformers_callback])
+def test_what_is_no_hooks_is_refused(make) -> None:
+    class Half:
+        def on_epoch_begin(self, epoch: int) -> None: ...
+
+    for hooks, fact in ((5, "5 has no on_epoch_begin"), (Half(), "has no on_batch_begin")):
+        with pytest.raises(ConfigError, match=rf"hooks: .*{fact}\. Give an object with on_epoch_begin, on_batch_begin"):
+            make(hooks)

@@ -169,6 +169,14 @@ def test_a_tied_weight_is_selected_by_any_of_its_names() -> None:
             r"^config_list\[0\]: has both sparsity and total_sparsity. Give one of them.$",
         ),
         (
+            [{"op_types": ["Conv2d"], "total_sparsity": 0.5, "max_sparsity_per_layer": 0.4}],
+            r"^config_list\[0\]: asks for a total_sparsity of 0.5 that max_sparsity_per_layer 0.4 cannot reach. Raise",
+        ),
+        (
+            [{"op_types": ["Conv2d"], "sparsity": 0.5, "sparse_ratio": 0.9}],
+            r"^config_list\[0\]: sparsity and sparse_ratio are names of one key. Give one of them.$",
+        ),
+        (
             [{"op_types": ["Conv2d"], "sparsity": 0.5, "exclude": True}],
             r"^config_list\[0\]: both excludes layers and says",
         ),

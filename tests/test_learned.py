@@ -265,6 +265,20 @@ def test_soft_movement(steps: int) -> None:
         assert 0 < expected.sum() < 24
 
 
+@pytest.mark.parametrize("threshold", [0.5, 0.9])
+def test_soft_movement_leaves_something_of_every_weight(threshold: float) -> None:
+    """As in the authors' code: scores begin at zero, sigmoid(0) is no more than the threshold, 0.5 % + 1 stay."""
+    model = nn.Sequential(nn.Linear(6, 40, bias=False).double(), nn.Linear(40, 4, bias=False).double())
+    options = {"score_threshold": threshold, "regular_scale": 1000.0}
+    _, masks = MovementPruner(model, [{"op_types": ["Linear"]}], step, sgd, F.mse_loss, 3, **options).compress()
+    assert [int(masks[name]["weight"].sum()) for name in "01"] == [2, 1]  # of 240 and 160
+    kept = Movement(model, {"0.weight": model[0].weight}, lambda s, _: s, begin=0, end=1, threshold=threshold)
+    kept.scores["0.weight"].data[3, 2] = 0.1
+    kept.scores["0.weight"].data[5, 1] = 0.2 if threshold > 0.6 else -1.0
+    masks_now = kept.masks()["0.weight"]
+    assert masks_now[3, 2] and masks_now.sum() == 2 and bool(masks_now[5, 1]) is (threshold > 0.6)
+
+
 def test_soft_movement_with_a_sparsity_reaches_it() -> None:
     model = linear()
     entry = {"op_types": ["Linear"], "sparsity": 0.25}
@@ -328,3 +342,44 @@ def test_the_same_seed_learns_the_same(make: Any) -> None:
         ).compress()[1]
         found.append((model[0].weight.detach().clone(), masks["0"]["weight"]))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["conv", "lstm"])
+def test_structured_admm_begins_with_the_inputs_of_the_first_batch(kind: str) -> None:
+    """Also its first projection is one of what goes together: the same weights as with example inputs."""
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.out = nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.lstm(x[:, None])[0].mean(1))
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.out = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.a(x).relu() + self.b(x).relu())
+
+    found = []
+    for inputs in ({}, {"dummy_input": X[:2]}):
+        torch.manual_seed(0)
+        model = (Recurrent() if kind == "lstm" else Residual()).double()
+        entry = {"op_types": ["LSTM"], "sparsity": 0.5} if kind == "lstm" else {"op_names": ["a", "b"], "sparsity": 0.5}
+        options = {"iterations": 2, "training_epochs": 1, "rho": 1.0, "granularity": "coarse-grained", **inputs}
+        _, masks = ADMMPruner(model, [entry], step, sgd, F.mse_loss, **options).compress()
+        found.append((dict(model.state_dict()), masks))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_a_trainer_that_never_calls_the_model_shows_no_inputs() -> None:
+    def past_it(model: nn.Module, optimizer: torch.optim.Optimizer, criterion: Any, epoch: int) -> None:
+        criterion(model[2](model[1](model[0](X))), Y).backward()
+
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).double()
+    options = {"iterations": 1, "training_epochs": 1, "granularity": "coarse-grained"}
+    with pytest.raises(ConfigError, match="trainer: does not call the model before the criterion"):
+        ADMMPruner(model, [{"op_names": ["0"], "sparsity": 0.5}], past_it, sgd, F.mse_loss, **options).compress()

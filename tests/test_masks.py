@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_rules import Net, conv, image
 from torch import Tensor, nn
 
-from speedup import ModelSpeedup, SpeedupError
+from speedup import ModelSpeedup, SpeedupError, attach_masks
 
 
 def net() -> nn.Sequential:
@@ -151,3 +152,11 @@ def test_groups_that_read_the_same_lose_the_same() -> None:
     small: Any = speedup.speedup_model()
     assert small[0].weight.shape == (4, 2, 2, 2) and small[1].num_parameters == 4
     assert speedup.difference is not None and speedup.difference < 1e-5 and set(speedup.reconciled.values()) == {0}
+
+
+@pytest.mark.parametrize("wrap", [lambda mask: {"0.weight": mask}, lambda mask: {"0": {"weight": mask}}])
+def test_masks_that_are_no_tensors_are_refused(wrap) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    for use in (lambda masks: ModelSpeedup(model, torch.randn(2, 4), masks), lambda masks: attach_masks(model, masks)):
+        with pytest.raises(SpeedupError, match="^0.weight: the mask is of type ndarray. Give a tensor"):
+            use(wrap(np.ones((4, 4))))

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 import graphprune
 from graphprune.errors import ConfigError
 from graphprune.training.optimizer import Moved, follow, follow_schedule
+from speedup import ModelSpeedup
 from speedup.cut import ShrunkGraph
 from speedup.plan import Axis, ShrinkPlan
 
@@ -493,6 +494,47 @@ def test_wrong_optimizers_are_refused() -> None:
     with pytest.raises(ConfigError, match="fc.weight: is missing in the shrunk model"):
         net = ConvNet()
         follow(torch.optim.SGD(net.fc.parameters(), lr=0.1), net, result)
+
+
+def test_results_of_something_else_are_refused() -> None:
+    dense = square_net()
+    optimizer = torch.optim.SGD(dense.parameters(), lr=0.1)
+    result = compressed(dense, torch.randn(2, 3, 2, 2))
+    for args, text in (
+        (
+            (optimizer, dense, result.model),
+            r"result: is .{60}, which does not say what is left. Give what compress\(\)",
+        ),
+        ((optimizer, dense, None), "result: is None, which does not say what is left"),
+        ((optimizer, None, result), "model: is None. Give the dense model."),
+        (("sgd", dense, result), "optimizer: is 'sgd'. Give the optimizer of the model."),
+        (
+            (optimizer, dense, ModelSpeedup(dense, torch.randn(2, 3, 2, 2), {})),
+            r"result: ModelSpeedup has no smaller mo",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=text) as caught:
+            follow(*args)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="schedule: is 'step'. Give the schedule of the optimizer."):
+        follow_schedule("step", optimizer, optimizer)
+
+
+def test_an_optimizer_follows_a_speedup_by_masks() -> None:
+    dense, example = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), torch.randn(2, 3, 8, 8)
+    optimizer = torch.optim.Adam(dense.parameters(), lr=0.1)
+    dense(example).square().sum().backward()
+    optimizer.step()
+    weight = dense[0].weight
+    mask = torch.ones_like(weight)
+    mask[::2] = 0
+    speedup = ModelSpeedup(dense, example, {"0.weight": mask})
+    small = speedup.speedup_model()
+    assert speedup.model is small
+    moved = follow(optimizer, dense, speedup)
+    now = dict(small.named_parameters())["0.weight"]
+    assert len(now) == len(weight) // 2
+    assert torch.equal(moved.state[now]["exp_avg"], optimizer.state[weight]["exp_avg"][1::2])
 
 
 def test_hooks_and_attributes_of_an_optimizer_come_along() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from test_schedule import hooks
 from torch import Tensor, nn
 
 from graphprune import pruners
-from graphprune.errors import ConfigError, GraphpruneError
+from graphprune.errors import ConfigError, GraphpruneError, TrainingError
 from speedup import ModelSpeedup, attach_masks, detach_masks
 from speedup.errors import SpeedupError
 from speedup.masking import attached_masks, plain_state
@@ -192,6 +193,20 @@ def test_what_is_looked_at_leaves_model_and_optimizer_as_they_were(name: str) ->
     now = {key: value for key, value in model.state_dict().items() if "mask_of_" not in key}
     torch.testing.assert_close(now, dict(state), rtol=0, atol=0)
     assert str(optimizer.state_dict()) == str(moments) and not model.training and not model.bn1.training
+
+
+def test_a_look_that_fails_leaves_nothing_behind() -> None:
+    def breaks(model: nn.Module, optimizer: torch.optim.Optimizer, criterion: Any, epoch: int) -> None:
+        trainer(model, optimizer, criterion)
+        raise RuntimeError("out of paper")
+
+    model = small()
+    state, optimizer = copy.deepcopy(model.state_dict()), torch.optim.Adam(model.parameters())
+    entry = {"op_types": CONVS, "sparsity": 0.5}
+    with pytest.raises(RuntimeError, match="out of paper"):
+        pruners.TaylorFOWeightPruner(model, [entry], breaks, optimizer, F.cross_entropy).compress()
+    assert not optimizer.state
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
 
 
 def test_every_name_of_the_manuals_is_there() -> None:
@@ -478,6 +493,42 @@ def test_what_makes_no_sense_is_told_in_a_line(case: Any) -> None:
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
 
 
+def test_what_is_frozen_has_no_gradients_to_look_at() -> None:
+    model = small().requires_grad_(False)
+    before = hooks(model)
+    for args in (LOOP, ()):
+        with pytest.raises(ConfigError, match=r"model: .*no parameter.*requires? gradients|has no parameter"):
+            pruners.TaylorFOWeightPruner(model, [HALF], *args).compress()
+        assert hooks(model) == before and not attached_masks(model)
+    with torch.no_grad(), pytest.raises(ConfigError, match="model: gradients are off, so that it cannot be trained"):
+        pruners.TaylorFOWeightPruner(small(), [HALF], *LOOP).compress()
+
+
+def test_a_model_of_inference_mode_is_refused() -> None:
+    with torch.inference_mode(), pytest.raises(SpeedupError, match=r"Small: was made under torch.inference_mode\(\)"):
+        pruners.L1NormPruner(Small(), [HALF], **INPUTS).compress()
+
+
+def test_values_are_shown_in_a_line() -> None:
+    for make, fact in (
+        (lambda: pruners.L1NormPruner(small(), [HALF], X), r"mode tensor\(\["),
+        (lambda: pruners.TaylorFOWeightPruner(small(), [HALF], *LOOP, small()), r"training_batches Small\( \(conv1"),
+    ):
+        with pytest.raises(ConfigError, match=fact) as raised:
+            make()
+        assert "\n" not in str(raised.value) and len(str(raised.value)) < 160
+
+
+def test_one_option_under_two_names() -> None:
+    for two in ({"optimizer": sgd, "traced_optimizer": sgd}, {"training_batches": 3, "statistics_batch_num": 3}):
+        with pytest.raises(ConfigError, match=f"{' and '.join(two)}: are names of one option. Give one of them."):
+            pruners.TaylorFOWeightPruner(small(), [HALF], trainer, **two)
+    with pytest.raises(
+        ConfigError, match=r"traced_optimiser: is no option of a pruner \(did you mean 'traced_optimizer'"
+    ):
+        pruners.TaylorFOWeightPruner(small(), [HALF], trainer, traced_optimiser=sgd)
+
+
 def test_errors_of_pruners_are_errors_of_the_package() -> None:
     assert issubclass(ConfigError, GraphpruneError) and issubclass(GraphpruneError, SpeedupError)
 
@@ -495,3 +546,276 @@ def test_groups_without_example_inputs_and_with() -> None:
         speedup = ModelSpeedup(model, image(), masks)
         assert dict(speedup.speedup_model().named_parameters())["b.weight"].shape[0] == 4
         assert set(speedup.reconciled.values()) == {0}
+
+
+@pytest.mark.parametrize(("sparsity", "gone"), [(0.1, 0), (0.3, 8), (0.5, 8)])
+def test_groups_by_themselves_lose_what_is_nearest(sparsity: float, gone: int) -> None:
+    """Eight groups of two outputs: 0, 8 or 16 of them are as many of each."""
+    model = nn.Sequential(conv(3, 16), conv(16, 16, groups=8), conv(16, 2))
+    _, masks = pruners.L1NormPruner(model, [{"op_names": ["1"], "sparsity": sparsity}]).compress()
+    assert 16 - len(kept(masks, "1")) == gone
+
+
+class Tied(nn.Module):
+    """An embedding whose weight the last layer has too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Embedding(10, 8), nn.Linear(8, 10, bias=False)
+        self.out.weight = self.into.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.into(x))
+
+
+def zeros(weight: Tensor) -> int:
+    return int((weight == 0).sum())
+
+
+@pytest.mark.parametrize(
+    ("entry", "gone"),
+    [({"exclude": True}, 0), ({"sparsity": 0.25}, 20), ({"sparsity": 0.9}, 40), ({"sparsity": 0.5}, 40)],
+)
+def test_a_tied_weight_loses_the_least_that_is_asked(entry: dict[str, Any], gone: int) -> None:
+    model = Tied()
+    pruners.LevelPruner(model, [{"op_types": ELEMENTS, "sparsity": 0.5}, {"op_names": ["out"], **entry}]).compress()
+    assert zeros(model.out.weight) == zeros(model.into.weight) == gone
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_weight_normalised_by_a_hook_loses_what_is_asked() -> None:
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 8)))
+    pruners.LevelPruner(model, [{"op_types": ["Linear"], "sparsity": 0.5}]).compress()
+    model(torch.randn(1, 8))
+    assert zeros(model[0].weight) == 32 and list(attached_masks(model)) == ["0.weight_v"]
+
+
+def test_norms_of_tied_layers_are_added() -> None:
+    """2, 1.5, 10 and 10 are the sums of norms; the norms of both slices together would be lowest for the first."""
+    net = Net(lambda n, x: n.o((n.a(x) + n.b(x)).relu().mean((2, 3))), a=conv(3, 4), b=conv(3, 4), o=nn.Linear(4, 2))
+    with torch.no_grad():
+        for layer, sizes_ in ((net.a, (1, 0, 5, 5)), (net.b, (1, 1.5, 5, 5))):
+            layer.weight.zero_()
+            layer.weight[:, 0, 0, 0] = torch.tensor(sizes_)
+    _, masks = pruners.L2NormPruner(net, [{"op_types": CONVS, "sparsity": 0.25}], dummy_input=image()).compress()
+    assert kept(masks, "a") == kept(masks, "b") == [0, 2, 3]
+
+
+def test_single_elements_stay_masked_when_channels_go() -> None:
+    model = small()
+    pruners.LevelPruner(model, [{"op_types": CONVS, "sparsity": 0.5}]).compress()
+    before = {name: mask == 0 for name, mask in attached_masks(model).items()}
+    pruners.L1NormPruner(model, [{"op_types": CONVS, "sparsity": 0.25}], dummy_input=X[:2]).compress()
+    assert before and all(bool((model.get_submodule(n[:-7]).weight[gone] == 0).all()) for n, gone in before.items())
+
+
+class Twice(nn.Module):
+    """One layer under two names, called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.out = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 3)
+        self.again = self.inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.again(self.inner(self.first(x).relu()).relu()).mean((2, 3)))
+
+
+@pytest.mark.parametrize("names", [["first", "inner"], ["first", "again"], ["first", "inner", "again"]])
+def test_a_layer_under_two_names(names: list[str]) -> None:
+    torch.manual_seed(0)
+    model = Twice().eval()
+    _, masks = pruners.L1NormPruner(model, [{"op_names": names, "sparsity": 0.5}], dummy_input=X[:2]).compress()
+    shrunk = ModelSpeedup(model, X[:2], masks).speedup_model()
+    assert shrunk.inner.weight.shape == (4, 4, 3, 3)
+    torch.testing.assert_close(shrunk(X), model(X))
+
+
+def test_masks_of_a_layer_under_its_other_name() -> None:
+    model = Twice().eval()
+    _, masks = pruners.LevelPruner(model, [{"op_names": ["inner"], "sparsity": 0.5}]).compress()
+    assert list(masks) in (["inner"], ["again"])
+    torch.testing.assert_close(ModelSpeedup(model, X[:2], masks).speedup_model()(X), model(X))
+
+
+# Searches under their users' names -------------------------------------------------------------------------------------
+
+SOME = {"op_types": CONVS, "sparsity": 0.3}
+
+
+def score(model: nn.Module) -> float:
+    with torch.no_grad():
+        return -float(F.cross_entropy(model(X), Y))
+
+
+def score_on(model: nn.Module, data: Tensor) -> float:
+    with torch.no_grad():
+        return -float(F.cross_entropy(model(data), Y))
+
+
+def test_a_search_that_takes_its_inputs_from_the_evaluator_changes_nothing() -> None:
+    modes: list[bool] = []
+
+    def notes(model: nn.Module) -> float:
+        modes.append(model.training)
+        torch.rand(1)
+        for parameter in model.parameters():
+            parameter.data *= 1.5
+        return score(model.train())
+
+    model, other = small().train(), small().train()
+    model.conv2.eval()
+    state, ways = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    torch.manual_seed(3)
+    masks = pruners.SimulatedAnnealingPruner(model, [SOME], notes, stop_temperature=95).compress()[1]
+    assert torch.equal(torch.rand(2), torch.rand(2, generator=torch.Generator().manual_seed(3)))
+    assert not any(modes) and [module.training for module in model.modules()] == ways
+    now = {key: value for key, value in model.state_dict().items() if "mask_of_" not in key}
+    torch.testing.assert_close(now, dict(state), rtol=0, atol=0)
+    again = pruners.SimulatedAnnealingPruner(other, [SOME], notes, stop_temperature=95, dummy_input=X[:2]).compress()[1]
+    assert all(torch.equal(masks[layer]["weight"], again[layer]["weight"]) for layer in masks)
+
+
+def test_inputs_of_an_evaluator_that_calls_something_else() -> None:
+    model = small()
+    with pytest.raises(ConfigError, match="evaluator: does not call the model that it is given"):
+        pruners.SimulatedAnnealingPruner(model, [SOME], lambda candidate: score(model)).compress()
+
+
+def searched(evaluator: Any, **options: Any) -> pruners.SensitivityPruner:
+    return pruners.SensitivityPruner(small(), [SOME], evaluator, sparsity_per_iter=0.3, dummy_input=X[:2], **options)
+
+
+@pytest.mark.parametrize(
+    ("evaluator", "args", "kwargs"),
+    [
+        (score, lambda model: [], {}),
+        (score, lambda model: [model], {}),
+        (score_on, lambda model: [model, X], {}),
+        (score_on, lambda model: [], {"data": X}),
+        (score_on, lambda model: [X], {}),  # its argument model is the only place for one
+        (lambda data, model: score_on(model, data), lambda model: [X], {}),
+        (lambda data, net: score_on(net, data), lambda model: [X, model], {}),
+    ],
+)
+def test_candidates_stand_where_the_model_does(evaluator: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    plain, given = searched(score), searched(evaluator)
+    plain.compress()
+    given.compress(args(given._model), kwargs)
+    assert plain.found is not None and given.found is not None and plain.found.history == given.found.history
+    assert len({evaluation.score for evaluation in plain.found.history}) > 1
+
+
+def test_the_model_under_a_name() -> None:
+    plain, given = searched(score), searched(lambda *, net, data: score_on(net, data))
+    plain.compress()
+    given.compress(eval_kwargs={"net": given._model, "data": X})
+    assert plain.found is not None and given.found is not None and plain.found.history == given.found.history
+
+
+@pytest.mark.parametrize(
+    ("evaluator", "args", "kwargs", "says"),
+    [
+        (score, [small()], None, "eval_args: holds a Small that is not the model, so that all candidates would be the"),
+        (score, [nn.Sequential(small())], None, "eval_args: holds a Sequential that is not the model"),
+        (
+            lambda net, data: score_on(net, data),
+            [X],
+            None,
+            "eval_args: does not hold the model, so that all candidates",
+        ),
+        (lambda *args: 0.5, [X], None, "eval_args: does not hold the model"),
+        (
+            score_on,
+            [],
+            {"model": small(), "data": X},
+            "eval_args: the function cannot be called with them (multiple va",
+        ),
+        (
+            score_on,
+            [],
+            None,
+            "eval_args: the function cannot be called with them (missing a required argument: 'data')",
+        ),
+        (score, 5, None, "eval_args: is 5. Give a list, such as [model]."),
+        (score, "model", None, "eval_args: is 'model'. Give a list"),
+        (score, [], 5, "eval_kwargs: is 5. Give a mapping."),
+    ],
+)
+def test_candidates_without_a_place(evaluator: Any, args: Any, kwargs: Any, says: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        searched(evaluator).compress(args, kwargs)
+    assert str(raised.value).startswith(says) and "\n" not in str(raised.value)
+
+
+def test_a_finetuner_has_to_train_in_place() -> None:
+    entry = {"op_types": CONVS, "sparsity": 0.3}
+    for make in (
+        lambda: pruners.NetAdaptPruner(small(), [entry], copy.deepcopy, score, dummy_input=X[:2]),
+        lambda: searched(score, finetuner=copy.deepcopy),
+        lambda: pruners.LinearPruner(small(), [entry], "l1", 2, finetuner=copy.deepcopy),
+    ):
+        with pytest.raises(TrainingError, match=r"finetuner: returns another model than it was given\. Train that one"):
+            make().compress()
+
+
+ANY = {"op_types": CONVS}
+WRONG_SEARCHES: tuple[tuple[str, tuple[Any, ...], dict[str, Any], str], ...] = (
+    ("SimulatedAnnealingPruner", (score,), {"foo": 1}, "foo: is no option of a search. Use some of evaluator, "),
+    ("SimulatedAnnealingPruner", (score,), {"start_temperatur": 1}, "start_temperatur: is no option of a search (did you m"),
+    ("SimulatedAnnealingPruner", (score,), {"start_temperature": "hot"}, "start_temperature 'hot': input should be a valid n"),
+    ("SimulatedAnnealingPruner", (score,), {"start_temperature": 5}, "annealing: from 5.0 to 20.0 by 0.9 never ends."),
+    ("SimulatedAnnealingPruner", (score,), {"perturbation_magnitude": math.nan}, "perturbation_magnitude nan: is no positi"),
+    ("SimulatedAnnealingPruner", (score,), {"cool_down_rate": 1}, "cool_down_rate 1: is not in (0, 1)."),
+    ("SimulatedAnnealingPruner", (score,), {"keep_at_least": "some"}, "keep_at_least 'some': input should be a valid number"),
+    ("SimulatedAnnealingPruner", (score,), {"keep_at_least": 2}, "keep_at_least 2: is not in [0, 1]."),
+    ("SimulatedAnnealingPruner", (score,), {"base_algo": "l11"}, "base_algo 'l11': scores no channels by their weights (di"),
+    ("SimulatedAnnealingPruner", (score,), {"optimize_mode": "max"}, "optimize_mode 'max': input should be 'maximize' or"),
+    ("SimulatedAnnealingPruner", (score,), {"experiment_data_dir": 5}, "experiment_data_dir 5: is no folder. Give its path."),
+    ("SimulatedAnnealingPruner", (score,), {"seed": -1}, "seed -1: is not in [0, 2**63)."),
+    ("SimulatedAnnealingPruner", (5,), {}, "evaluator 5: is no function. Give a function of a model."),
+    ("NetAdaptPruner", (5, score), {}, "short_term_fine_tuner 5: is no function."),
+    ("NetAdaptPruner", (None, score), {"sparsity_per_iteration": "much"}, "sparsity_per_iteration 'much': input should be"),
+    ("NetAdaptPruner", (None, score), {"resource": "flops"}, "resource 'flops': input should be 'weights', 'params', 'macs'"),
+    ("SensitivityPruner", (score, 5), {}, "finetuner 5: is no function."),
+    ("SensitivityPruner", (score,), {"acc_drop_threshold": math.nan}, "acc_drop_threshold nan: is negative or no number."),
+    ("SensitivityPruner", (score,), {"acc_drop_threshold": -1}, "acc_drop_threshold -1: is negative or no number."),
+    ("AMCPruner", (score,), {"flops_ratio": "half"}, "flops_ratio 'half': input should be a valid number"),
+    ("AMCPruner", (score,), {"channel_round": 0}, "channel_round 0: is below 1. Use 1 or more."),
+    ("AMCPruner", (score,), {"channel_round": 1.5}, "channel_round 1.5: input should be a valid integer"),
+    ("AMCPruner", (score,), {"lbound": -1}, "lbound -1: is not in [0, 1]."),
+    ("AMCPruner", (score,), {"train_episode": "many"}, "train_episode 'many': input should be a valid integer"),
+    ("AMCPruner", (score,), {"train_episode": 5}, "episodes: 5 with 100 to warm up"),
+    ("AutoCompressPruner", (5, score), {}, "trainer 5: is no function. Give one that trains a model for an epoch."),
+    ("AutoCompressPruner", (trainer, score), {"num_iterations": "many"}, "num_iterations 'many': input should be a valid int"),
+    ("AutoCompressPruner", (trainer, score), {"optimizer": sgd}, "criterion: is None, so that no penalty can be added"),
+    ("AutoCompressPruner", (lambda data: None, score), {}, "trainer: takes (data)."),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG_SEARCHES, ids=[f"{one[0]}-{n}" for n, one in enumerate(WRONG_SEARCHES)])
+def test_options_of_searches_that_make_no_sense(case: tuple[str, tuple[Any, ...], dict[str, Any], str]) -> None:
+    name, args, options, says = case
+    with pytest.raises(ConfigError) as raised:
+        getattr(pruners, name)(small(), [SOME], *args, **options)
+    assert str(raised.value).startswith(says) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["NetAdaptPruner", "AutoCompressPruner", "AMCPruner"])
+def test_each_search_takes_its_options(name: str) -> None:
+    args: tuple[Any, ...] = {"NetAdaptPruner": (None, score), "AutoCompressPruner": (trainer, score)}.get(
+        name, (score,)
+    )
+    options = {
+        "NetAdaptPruner": {"sparsity_per_iteration": 0.15, "resource": "params"},
+        "AutoCompressPruner": {
+            "num_iterations": 1, "stop_temperature": 95, "admm_num_iterations": 1, "admm_training_epochs": 1,
+        },
+        "AMCPruner": {"flops_ratio": 0.7, "train_episode": 4, "warmup": 2, "channel_round": 2},
+    }[name]  # fmt: skip
+    pruner = getattr(pruners, name)(
+        small(), [ANY if name == "AMCPruner" else SOME], *args, dummy_input=X[:2], **options
+    )
+    _, masks = pruner.compress()
+    assert pruner.found.score in {evaluation.score for evaluation in pruner.found.history}
+    assert any((mask["weight"] == 0).any() for mask in masks.values())

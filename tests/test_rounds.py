@@ -306,3 +306,19 @@ def test_an_evaluator_that_gives_no_number() -> None:
     with pytest.raises(TrainingError, match="evaluator: returns NoneType"):
         LinearPruner(model, [CONVS], "l1", 2, evaluator=lambda model: None).compress()
     assert not attached_masks(model)
+
+
+def test_layers_of_which_different_shares_have_gone() -> None:
+    """What a round asks of each layer is asked of each by itself, though one entry selects them all."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    with torch.no_grad():  # in the first round channels go whole
+        model[2].weight[:6] *= 1e-4
+        model[2].bias[:6] = 0
+    entry = {"op_types": ["Linear"], "sparsity": 0.8}
+    pruner = LinearPruner(model, [entry], "level", 2, speedup=True, dummy_input=torch.randn(2, 8))
+    small, _ = pruner.compress()
+    assert small[2].out_features < 16
+    for place in (0, 2, 4):
+        gone = 1 - int((small[place].weight != 0).sum()) / model[place].weight.numel()
+        assert gone == pytest.approx(0.8, abs=0.06), place

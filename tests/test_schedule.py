@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from graphprune.config_list import Entry, read_config_list
 from graphprune.errors import ConfigError
-from graphprune.pruners import AGP_Pruner, AGPPruner, LotteryTicketPruner
+from graphprune.pruners import AGP_Pruner, AGPPruner, LevelPruner, LotteryTicketPruner
 from graphprune.schedule import SCHEDULES, at_epoch, at_round
 from speedup.masking import attached_masks, detach_masks
 
@@ -262,3 +263,43 @@ def test_wrong_configurations(make: Any, entries: list[dict[str, Any]], options:
 def test_a_round_needs_a_beginning() -> None:
     with pytest.raises(ConfigError, match=r"compress\(\) was not called"):
         manual(net(), 2, 0.5)[0].prune_iteration_start()
+
+
+def test_lottery_tickets_of_a_model_with_masks() -> None:
+    """First values are those of weights: the masks of the beginning do not come back with them."""
+    for rounds in (None, 2):
+        model = net()
+        LevelPruner(model, [{"op_names": ["3"], "sparsity": 0.2}]).compress()
+        entry = {"op_types": ["Conv2d"], "sparsity": 0.8, "prune_iterations": 2}
+        pruner = LotteryTicketPruner(model, [entry], pruning_algorithm="level", total_iteration=rounds)
+        done, masks = pruner.compress()
+        if rounds is None:
+            for _ in pruner.get_prune_iterations():
+                pruner.prune_iteration_start()
+        for layer in ("0", "3"):
+            weight = done.get_submodule(layer).weight
+            assert float((weight == 0).float().mean()) == pytest.approx(0.8, abs=1 / 100)
+            assert bool((weight[masks[layer]["weight"] == 0] == 0).all())
+
+
+@pytest.mark.parametrize("words", [("slim", 1), ()])
+def test_agp_takes_an_optimizer_in_either_form(words: tuple[Any, ...]) -> None:
+    seen = []
+
+    def trainer(model: nn.Module, optimizer: Any, criterion: Any, epoch: int) -> None:
+        seen.append((type(optimizer), optimizer.param_groups[0]["lr"]))
+        criterion(model(X[:4]).flatten(1), torch.zeros(4).long()).backward()
+        optimizer.step()
+
+    given = {"optimizer": partial(torch.optim.SGD, lr=0.123), "trainer": trainer, "criterion": F.cross_entropy}
+    given |= {} if words else {"pruning_algorithm": "slim", "total_iteration": 1}
+    AGPPruner(net(), [{"op_types": ["BatchNorm2d"], "sparsity": 0.5}], *words, dummy_input=X[:2], **given).compress()
+    assert seen and set(seen) == {(torch.optim.SGD, 0.123)}
+
+
+@pytest.mark.parametrize("make", [AGPPruner, LotteryTicketPruner])
+def test_what_is_no_optimizer_is_refused(make: Any) -> None:
+    with pytest.raises(ConfigError, match="^optimizer: is a int. Give an optimizer, or a function"):
+        make(net(), [{**HALF, "prune_iterations": 2, "end_epoch": 2}], 5)
+    with pytest.raises(ConfigError, match="pruning_algorithm is given twice"):
+        make(net(), [HALF], "l1", 2, pruning_algorithm="l2")

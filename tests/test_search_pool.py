@@ -85,9 +85,11 @@ def test_other_processes_give_the_same(space: Space) -> None:
 
 
 @pytest.mark.slow
-def test_a_ray_cluster_gives_the_same(space: Space, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ray_cluster_gives_the_same(
+    space: Space, tmp_path: Path, ray_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ray = pytest.importorskip("ray")
-    monkeypatch.setenv("HOME", str(tmp_path))  # where Ray leaves a file
+    monkeypatch.setenv("HOME", str(ray_home))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # the workers import this file
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:

@@ -90,6 +90,31 @@ def test_a_name_in_a_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert isinstance(load_source("torch.nn:Identity", inputs=["2x4"]).model, nn.Identity)
 
 
+def test_modules_that_only_its_file_can_import(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    elsewhere = write(tmp_path / "elsewhere_of_source.py", NET)
+    (tmp_path / "nets" / "pack_of_source").mkdir(parents=True)
+    write(tmp_path / "nets" / "pack_of_source" / "__init__.py", "from pack_of_source.inner import Net")
+    write(tmp_path / "nets" / "pack_of_source" / "inner.py", "from elsewhere_of_source import Net")
+    path = write(
+        tmp_path / "nets" / "outer.py",
+        f"import sys\nsys.path.append({str(elsewhere.parent)!r})\nimport torch\nfrom pack_of_source import Net\n"
+        "def build_model():\n    return Net()\n",
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    own = {"elsewhere_of_source", "pack_of_source", "pack_of_source.inner"}
+    request.addfinalizer(lambda: [sys.modules.pop(name) for name in own])
+    modules = load_source(str(path), inputs=["1x4"]).modules
+    assert sorted(module.__name__ for module in modules) == ["_source_outer", *sorted(own)]
+    monkeypatch.chdir(path.parent)
+    modules = load_source("pack_of_source.inner:Net", inputs=["1x4"]).modules
+    assert sorted(module.__name__ for module in modules) == ["pack_of_source", "pack_of_source.inner"]
+    monkeypatch.chdir(tmp_path)
+    names = {module.__name__ for module in load_source("torch.nn:Identity", inputs=["1x4"]).modules}
+    assert not {name for name in names if name.startswith(("torch", "graphprune", "speedup"))}
+
+
 def test_the_same_seed_makes_the_same_model(net: Path) -> None:
     state = torch.get_rng_state()
     one, same, other = (load_source(str(net), inputs=["1x4"], seed=seed) for seed in (1, 1, 2))

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_rules import conv, image
 from torch import nn
 
@@ -17,7 +18,9 @@ from graphprune.pruners import (
     LotteryTicketPruner,
     LotteryTicketTaskGenerator,
     PruningScheduler,
+    TaylorFOWeightPruner,
 )
+from graphprune.training import Training
 from speedup.masking import attached_masks
 
 HALF = [{"op_types": ["Conv2d"], "sparsity": 0.5}]
@@ -88,3 +91,20 @@ def test_masks_from_the_beginning_stay() -> None:
 def test_mistakes(pruner: Any, tasks: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PruningScheduler(pruner, tasks)
+
+
+def test_masks_of_the_beginning_act_in_the_end() -> None:
+    model = net()
+    kept = (torch.rand(model[0].weight.shape, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    generator = AGPTaskGenerator(2, model, HALF, {"0.weight": kept})
+    scheduler = PruningScheduler(L1NormPruner(model, HALF, dummy_input=image()), generator, dummy_input=image())
+    assert not attached_masks(model)  # nothing is done yet
+    best, _ = scheduler.compress()
+    assert bool((best[0].weight[kept == 0] == 0).all()) and int((best[0].weight == 0).sum()) > int((kept == 0).sum())
+
+
+def test_options_of_the_pruner_stay_what_they_are() -> None:
+    model, loop = net(), Training.on([(image(), torch.zeros(2, 6, 6).long())], F.cross_entropy)
+    pruner = TaylorFOWeightPruner(model, HALF, loop.trainer, torch.optim.Adam, F.cross_entropy)
+    best, _ = PruningScheduler(pruner, LinearTaskGenerator(2, model, HALF)).compress()
+    assert any(bool((parameter == 0).any()) for parameter in best.parameters())

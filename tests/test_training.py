@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import graphprune
@@ -325,6 +326,33 @@ def test_an_evaluator_sees_the_model_in_eval_mode(said) -> None:
         (lambda: fit(net(), Training.on([X]), 1, folder="/nowhere/at/all"), "there is no folder /nowhere/at to make"),
         (lambda: fit(net(), Training(lambda *a: None, sgd), 1, patience=1), "patience: needs a loss or a score"),
         (lambda: Training(loop, sgd).regularised(lambda: ONE), "criterion: is None"),
+        (lambda: fit(net(), loop, 1), r"training: is <function loop at \w+>\. Give a Training"),
+        (lambda: fit(None, Training.on([X]), 1), "model: is None. Give a module."),
+        (lambda: fit(nn.ReLU(), Training.on([X]), 1), "model: ReLU has no parameter that can be trained"),
+        (lambda: fit(net().requires_grad_(False), Training(loop, sgd), 1), "model: Sequential has no parameter that"),
+        (lambda: torch.no_grad()(fit)(net(), Training(loop, sgd), 1), "model: gradients are off, so that it cannot be"),
+        (lambda: fit(net(), Training.on([X]), 1, seed=None), "seed: is None. Give a whole number in"),
+        (lambda: fit(net(), Training.on([X]), 1, seed=1.5), "seed: is 1.5"),
+        (lambda: fit(net(), Training.on([X]), 1, seed="a"), "seed: is 'a'"),
+        (lambda: fit(net(), Training.on([X]), 1, seed=-1), "seed: is -1"),
+        (lambda: fit(net(), Training.on([X]), True), "epochs: is True"),
+        (lambda: fit(net(), Training.on([X]), 1, evaluator=5), "evaluator: is 5. Give a function of a model."),
+        (lambda: fit(net(), Training.on([X]), 1, progress=5), "progress: is 5. Give a function of an Epoch."),
+        (lambda: fit(net(), Training.on([X]), 1, folder=5), "folder: is 5. Give a path."),
+        (lambda: fit(net(), Training.on([X]), 1, hooks=5), "hooks: 5 has no on_epoch_begin. Give an object with"),
+        (lambda: fit(net(), X.expand(9, 4, 6), 1), r"training: is tensor\(\[.{49}\.\.\.\. Give a Training"),
+        (lambda: Training(loop, sgd, None, "step"), "schedule: is a str. Give one, or a function of an optimizer"),
+        (
+            lambda: Training(loop, sgd, None, StepLR),
+            r"schedule: .*StepLR.* \(missing a required argument: 'step_size'\)",
+        ),
+        (lambda: Training(loop, lambda: None), r"optimizer: .* cannot be called with parameters alone"),
+        (lambda: fit(net(), Training(loop, sgd, None, lambda one: None), 1), "schedule: the function makes a NoneType"),
+        (lambda: Training.on([(X, Y)], clip="1"), "clip: is '1'. Give a positive number."),
+        (
+            lambda: Training.on([(X, Y)], nn.CrossEntropyLoss),
+            r"criterion: is the class CrossEntropyLoss. Give an insta",
+        ),
     ],
 )
 def test_mistakes_end_in_one_line(make, text: str) -> None:
@@ -552,6 +580,11 @@ def test_snapshots_of_something_else_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="was written with schedule None, not StepLR"):
         scheduled = Training(plain.trainer, sgd, plain.criterion, RUNS["schedule"][1])
         fit(net(), scheduled, 2, folder=folder, resume=True)
+    model = net()
+    with pytest.raises(ModelError, match="was written with 0 generators of a loader, not 1. Use the same loader."):
+        drawn = Training.on(loader(generator=torch.Generator()), nn.CrossEntropyLoss(), optimizer=sgd)
+        fit(model, drawn, 2, folder=folder, resume=True)
+    assert same(model, net())
     with pytest.raises(ModelError, match="0.weight has shape"):
         fit(nn.Sequential(nn.Linear(6, 9), *net()[1:]), plain, 2, folder=folder, resume=True)
     with pytest.raises(ModelError, match=r"has groups of \[6\] parameters, the optimizer of \[2\]"):

@@ -1,6 +1,5 @@
 """The basic pruners: one table of what they do, and what happens to a model that one of them is given."""
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -125,6 +124,7 @@ class Pruner:
         self.selection: Selection | None = None
         self._scores: Weights | None = None
         self._soft: Masks = {}
+        self._before: dict[str, Tensor] | None = None
         self._need = CRITERIA[self.algorithm.criterion or "l1"].need
         self._watching: tuple[Observer, ExitStack] | None = None
 
@@ -182,8 +182,13 @@ class Pruner:
         return self.model, self.masks
 
     def prune(self, settings: Mapping[str, Setting], evidence: Evidence = NOTHING) -> None:
-        """Attaches masks for what is asked of each layer; what is masked already goes first."""
+        """Attaches masks for what is asked of each layer; what is masked already goes first.
+
+        What others have masked before stays masked; what the pruner itself has may come back if less is asked.
+        """
         gone = attached_masks(self.model)
+        if self._before is None:
+            self._before = gone
         if self.structured:
             named = dict(self.model.named_parameters(remove_duplicate=False))
             with self.finder.holding({name: named[name] * mask for name, mask in gone.items()}):
@@ -191,12 +196,17 @@ class Pruner:
                     settings, evidence, scores=self._scores, before=self.selection
                 )
         else:
-            asked = {layer: one for layer, one in settings.items() if one.entry.share is not None}
+            asked = {layer: one for layer, one in settings.items() if one.entry.exclude or one.entry.share is not None}
             found = self.finder.elements(asked, scores=self._scores, gone=gone)
             found |= {layer: masks for layer, masks in self._soft.items() if layer not in asked}
+        found = by_layer({name: self._with_those_before(name, mask) for name, mask in flat_masks(found)})
         attach_masks(self.model, found)
         self.masks.clear()
         self.masks.update(found)
+
+    def _with_those_before(self, name: str, mask: Tensor) -> Tensor:
+        before = (self._before or {}).get(name)
+        return mask if before is None else mask * before.to(mask)
 
     def watch(self) -> None:
         """Begins to look on while somebody else's loop runs the model, if the algorithm looks at more than weights."""
@@ -254,6 +264,7 @@ class Pruner:
                     iterations=options.iterations,
                     epochs=epochs,
                     seed=options.seed,
+                    waits=self.structured and self.finder.inputs is None,
                 )
             else:
                 self._scores = self._movement(settings, weights, training, epochs)
@@ -284,13 +295,10 @@ class Pruner:
 
     def observe(self, training: Training) -> Evidence:
         """Returns what is seen while the model is trained for an epoch; model and optimizer are put back afterwards."""
-        observer, optimizer = self._observer(), training.optimizer
-        state = copy.deepcopy(optimizer.state_dict()) if isinstance(optimizer, Optimizer) else None
-        with put_back(self.model), observer.watching():
+        observer = self._observer()
+        with put_back(self.model, training.optimizer), observer.watching():
             some = replace(training.first(self.options.training_batches), schedule=None)
             fit(self.model, some, 1, seed=self.options.seed)
-        if isinstance(optimizer, Optimizer) and state is not None:
-            optimizer.load_state_dict(state)
         return observer.evidence(self.options.seed)
 
     def _observer(self) -> Observer:
@@ -318,9 +326,9 @@ class Pruner:
                 self._watching = None
                 self.prune(self.settings, observer.evidence(self.options.seed))
 
-        handle = self.model.register_forward_pre_hook(on_call)  # runs before those of the observer
         self.watch()
         assert self._watching is not None
+        handle = self.model.register_forward_pre_hook(on_call, prepend=True)  # runs before those of the observer
         self._watching[1].callback(handle.remove)
 
     @contextmanager

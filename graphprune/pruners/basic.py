@@ -22,11 +22,11 @@ class BasicPruner(Pruner):
     takes: ClassVar[tuple[str, ...]]
 
     def __init__(self, model: nn.Module, config_list: Sequence[Mapping[str, Any]], *args: Any, **kwargs: Any) -> None:
-        options = Options.of(_by_name(type(self).__name__, self.takes, args, kwargs))
+        options = Options.of(by_name(type(self).__name__, self.takes, args, kwargs))
         super().__init__(model, config_list, self.name, options)
 
 
-def _by_name(subject: str, takes: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def by_name(subject: str, takes: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Positional arguments by their names, with those that have one already."""
     if len(args) > len(takes):
         raise ConfigError(

@@ -1,7 +1,7 @@
 """Pruning that is learned while the model trains: network slimming, ADMM and movement."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from graphprune.errors import ConfigError
+from graphprune.evidence import at_first_call
 from graphprune.training import Training
 from graphprune.training.fit import Epoch, fit
 from graphprune.training.loss import proximity, shrinkage
@@ -46,6 +48,7 @@ def admm(
     iterations: int,
     epochs: int,
     seed: int = 0,
+    waits: bool = False,
 ) -> None:
     """Trains towards weights that are sparse (Zhang et al., A Systematic DNN Weight Pruning Framework, 2018).
 
@@ -61,9 +64,16 @@ def admm(
         iterations: How many turns.
         epochs: How long a turn trains.
         seed: Of everything that is random.
+        waits: Whether the projection depends on the inputs of the model's first call, so that ``Z`` begins with that.
+
+    Raises:
+        ConfigError: It waits, and the trainer does not call the model.
     """
-    sparse = _projected(weights, project)
+    sparse: dict[str, Tensor] = {}
     dual = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+
+    def begin(*_: object) -> None:
+        sparse.update(_projected(weights, project))
 
     def after(epoch: Epoch) -> None:
         if (epoch.epoch + 1) % epochs == 0:
@@ -72,8 +82,17 @@ def admm(
                 for name, weight in weights.items():
                     dual[name] += weight - sparse[name]
 
-    penalty = proximity(lambda: [(weight, sparse[name] - dual[name]) for name, weight in weights.items()], rho)
-    fit(model, training.regularised(penalty), iterations * epochs, seed=seed, progress=after)
+    def pairs() -> list[tuple[Tensor, Tensor]]:
+        if not sparse:
+            raise ConfigError(
+                "trainer: does not call the model before the criterion, so that no inputs are known. Give dummy_input."
+            )
+        return [(weight, sparse[name] - dual[name]) for name, weight in weights.items()]
+
+    if not waits:
+        begin()
+    with at_first_call(model, begin) if waits else nullcontext():
+        fit(model, training.regularised(proximity(pairs, rho)), iterations * epochs, seed=seed, progress=after)
 
 
 def _projected(weights: Weights, project: Project) -> dict[str, Tensor]:
@@ -95,7 +114,9 @@ class Movement:
     A masked weight is ``W * M(S)``; the gradient of the loss passes straight through ``M``, so that the scores receive
     ``dL/dS = dL/d(W M) * W``, of masked elements too. They are updated with every step of the model's optimizer. Hard:
     ``M`` keeps the highest scores, of which the share that goes grows cubically from nothing to what is wanted. Soft:
-    ``M = sigmoid(S) > threshold``, and ``penalty * mean(sigmoid(S))`` on top of the loss pulls the scores down.
+    ``M = sigmoid(S) > threshold``, and ``penalty * mean(sigmoid(S))`` on top of the loss pulls the scores down; as in
+    the authors' code, where that leaves less than 0.5 % of a weight its highest scores stay. Scores begin at zero, so
+    that a threshold of 0.5 or more begins with those alone: the scores of what is masked learn all the same.
 
     Attributes:
         scores: The score of each element, by qualified name of its weight, in its shape.
@@ -151,7 +172,7 @@ class Movement:
         scores = {name: score.detach() for name, score in self.scores.items()}
         if self._threshold is None:
             return dict(self._keep(scores, self._progress()))
-        return {name: (score.sigmoid() > self._threshold).to(score) for name, score in scores.items()}
+        return {name: _above(score, self._threshold) for name, score in scores.items()}
 
     def _progress(self) -> float:
         """``1 - (1 - (t - begin) / (end - begin))^3`` (equation 3 of the paper)."""
@@ -178,3 +199,17 @@ class Movement:
             mask.grad = None
         self._optimizer.step()
         attach_masks(self._model, self.masks())
+
+
+_LEAST = 0.005
+"""The share of a weight of which at least one element more stays, whatever its soft scores are."""
+
+
+def _above(scores: Tensor, threshold: float) -> Tensor:
+    """``M = sigmoid(S) > threshold``, or the highest scores where these are too few; of equal ones the last."""
+    mask = scores.sigmoid() > threshold
+    least = int(_LEAST * scores.numel()) + 1
+    if int(mask.sum()) < least:
+        highest = scores.flatten().argsort(stable=True)[-least:]
+        mask = torch.zeros_like(mask).flatten().index_fill(0, highest, 1).reshape(mask.shape)
+    return mask.to(scores)

@@ -1,20 +1,87 @@
-"""What the constructors of NNI's pruners take beside a model and a config list, under all its names."""
+"""What the constructors of NNI's pruners take beside a model and a config list, under all its names.
+
+Values are checked in one place: names, types and ranges are those of the fields of :class:`Checked`.
+"""
 
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import nn
 
 from graphprune.config import closest
-from graphprune.errors import ConfigError
+from graphprune.errors import ConfigError, shown
 from graphprune.evidence import ACTIVATIONS
 from graphprune.training import Training
 
 
-class Options(BaseModel):
+def asking(holds: Callable[[Any], bool], what: str) -> AfterValidator:
+    """Returns what checks a value: it holds, or the error says what it is and what to use."""
+
+    def check(value: Any) -> Any:
+        if not holds(value):
+            raise ValueError(what)
+        return value
+
+    return AfterValidator(check)
+
+
+Count = Annotated[int, asking(lambda count: count >= 1, "is below 1. Use 1 or more")]
+NotNegative = Annotated[float, asking(lambda number: 0 <= number < math.inf, "is negative or no number. Use 0 or more")]
+Positive = Annotated[float, asking(lambda number: 0 < number < math.inf, "is no positive number. Use one above 0")]
+Function = Annotated[Any, asking(callable, "is no function. Give a function of a model")]
+
+
+CheckedT = TypeVar("CheckedT", bound="Checked")
+
+
+class Checked(BaseModel):
+    """Options of which names, types and ranges are checked.
+
+    Attributes:
+        of_what: What takes them, for errors.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    of_what: ClassVar[str]
+
+    @classmethod
+    def of(cls: type[CheckedT], values: Mapping[str, Any]) -> CheckedT:
+        """Returns the options with these values.
+
+        Raises:
+            ConfigError: There is no such option, a value makes no sense, or one is given under two names.
+        """
+        for names in cls._names():
+            if len(given := [name for name in names if name in values]) > 1:
+                raise ConfigError(f"{' and '.join(given)}: are names of one option. Give one of them.")
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            if first["type"] == "extra_forbidden":
+                near = closest(name, [one for names in cls._names() for one in names])
+                raise ConfigError(
+                    f"{name}: is no option of {cls.of_what}{near}. Use some of {', '.join(cls.model_fields)}."
+                ) from error
+            why = first["ctx"]["error"] if first["type"] == "value_error" else first["msg"].lower()
+            raise ConfigError(f"{name} {shown(values.get(name))}: {why}.") from error
+
+    @classmethod
+    def _names(cls) -> list[list[str]]:
+        """The names of each option."""
+        found = []
+        for name, field in cls.model_fields.items():
+            alias = field.validation_alias
+            found.append([str(one) for one in alias.choices] if isinstance(alias, AliasChoices) else [name])
+        return found
+
+
+class Options(Checked):
     """What the constructors of NNI's pruners take beside a model and a config list.
 
     Attributes:
@@ -43,16 +110,16 @@ class Options(BaseModel):
         seed: Of everything that is random.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    of_what = "a pruner"
 
     trainer: Any = None
     optimizer: Any = Field(None, validation_alias=AliasChoices("optimizer", "traced_optimizer"))
     criterion: Any = None
-    training_batches: int = Field(20, validation_alias=AliasChoices("training_batches", "statistics_batch_num"))
-    training_epochs: int | None = Field(None, validation_alias=AliasChoices("training_epochs", "epochs"))
-    scale: float = 1e-4
-    iterations: int = Field(30, validation_alias=AliasChoices("iterations", "num_iterations"))
-    rho: float = 1e-4
+    training_batches: Count = Field(20, validation_alias=AliasChoices("training_batches", "statistics_batch_num"))
+    training_epochs: Count | None = Field(None, validation_alias=AliasChoices("training_epochs", "epochs"))
+    scale: NotNegative = 1e-4
+    iterations: Count = Field(30, validation_alias=AliasChoices("iterations", "num_iterations"))
+    rho: NotNegative = 1e-4
     granularity: Literal["fine-grained", "coarse-grained"] = "fine-grained"
     mode: Literal["normal", "dependency_aware", "global"] = "normal"
     dependency_aware: bool = False
@@ -63,13 +130,13 @@ class Options(BaseModel):
     warm_up_step: int = 0
     cool_down_beginning_step: int = 1
     score_threshold: float | None = None
-    regular_scale: float = 1.0
+    regular_scale: NotNegative = 1.0
     seed: int = 0
 
-    @field_validator("scale", "rho", "regular_scale", "warm_up_step", "cool_down_beginning_step", "seed")
+    @field_validator("warm_up_step", "cool_down_beginning_step", "seed")
     @classmethod
-    def _weights_and_steps_are_not_negative(cls, value: float) -> float:
-        if not 0 <= value < math.inf:
+    def _steps_are_not_negative(cls, value: int) -> int:
+        if value < 0:
             raise ValueError("is negative or no number. Use 0 or more")
         return value
 
@@ -94,39 +161,12 @@ class Options(BaseModel):
             raise ValueError("has a size below 1. Use sizes such as (4, 1)")
         return value
 
-    @field_validator("training_batches", "training_epochs", "iterations")
-    @classmethod
-    def _counts_are_positive(cls, value: int | None) -> int | None:
-        if value is not None and value < 1:
-            raise ValueError("is below 1. Use 1 or more")
-        return value
-
     @field_validator("activation")
     @classmethod
     def _activation_is_known(cls, value: str | None) -> str | None:
         if value is not None and value not in ACTIVATIONS:
             raise ValueError(f"is not known. Use one of {', '.join(ACTIVATIONS)}")
         return value
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> "Options":
-        """Returns the options with these values.
-
-        Raises:
-            ConfigError: There is no such option, or a value makes no sense.
-        """
-        try:
-            return cls.model_validate(dict(values))
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = str(first["loc"][0])
-            if first["type"] == "extra_forbidden":
-                known = list(cls.model_fields)
-                raise ConfigError(
-                    f"{name}: is no option of a pruner{closest(name, known)}. Use some of {', '.join(known)}."
-                ) from error
-            why = first["ctx"]["error"] if first["type"] == "value_error" else first["msg"].lower()
-            raise ConfigError(f"{name} {values.get(name)!r}: {why}.") from error
 
     @property
     def training(self) -> Training | None:

@@ -15,8 +15,9 @@ from graphprune.pruners.algorithms import Pruner
 from graphprune.pruners.sparsify import Masks, by_layer, outputs_along, weight_names
 from graphprune.schedule import Schedule, at_round
 from graphprune.training.fit import evaluated
+from graphprune.training.loop import in_place
 from speedup.inputs import ExampleInputs
-from speedup.masking import attach_masks, flat_masks, without_masks
+from speedup.masking import attach_masks, beneath_masks, flat_masks, without_masks
 from speedup.masks import ModelSpeedup
 
 Work = Callable[[nn.Module], Any]
@@ -67,7 +68,7 @@ def in_rounds(
 
     Raises:
         ConfigError: An option makes no sense.
-        TrainingError: The evaluator returns no number.
+        TrainingError: The evaluator returns no number, or what trains the model returns another one.
     """
     if rounds < 1:
         raise ConfigError(f"total_iteration {rounds}: is below 1. Use 1 or more.")
@@ -76,9 +77,9 @@ def in_rounds(
     settings, dense = pruner.settings, pruner.model
     current = copy.deepcopy(dense)
     pruner = pruner.following(current)
-    first = {name: tensor.detach().clone() for name, tensor in current.state_dict().items()}
+    first = {name: tensor.detach().clone() for name, tensor in beneath_masks(current.state_dict()).items()}
     if rewind and finetune is not None:
-        finetune(current)
+        in_place(current, finetune)
     for number in range(1, rounds + 1):
         asked = at_round(settings, schedule, number, rounds, _gone(pruner, dense))
         _, masks = pruner.compress(asked)
@@ -95,10 +96,10 @@ def in_rounds(
         if rewind:
             with torch.no_grad():
                 for name, tensor in current.state_dict(keep_vars=True).items():
-                    if name in first:  # masks are not
+                    if name in first:
                         tensor.copy_(first[name])
         if finetune is not None:
-            finetune(current)
+            in_place(current, finetune)
         score = None if evaluate is None else evaluated(evaluate, current)
         yield Task(number, without_masks(copy.deepcopy(current)), masks, score, config_list_of(asked))
 

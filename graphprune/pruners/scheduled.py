@@ -6,14 +6,15 @@ from typing import Any, ClassVar
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from graphprune.errors import ConfigError
 from graphprune.pruners.algorithms import Pruner
+from graphprune.pruners.basic import by_name
 from graphprune.pruners.options import Options
 from graphprune.pruners.rounds import Task, Work, best_of, in_rounds
 from graphprune.pruners.sparsify import Masks
 from graphprune.schedule import SCHEDULES, at_epoch, at_round
+from speedup.masking import beneath_masks
 
 
 class ScheduledPruner:
@@ -71,6 +72,10 @@ class ScheduledPruner:
         for what, value in (("finetuner", finetuner), ("evaluator", evaluator)):
             if value is not None and not callable(value):
                 raise ConfigError(f"{what}: is a {type(value).__name__}. Give a function of a model.")
+        optimizer = values.get("optimizer")
+        if optimizer is not None and not isinstance(optimizer, Optimizer) and not callable(optimizer):
+            kind = type(optimizer).__name__
+            raise ConfigError(f"optimizer: is a {kind}. Give an optimizer, or a function of parameters that makes one.")
         if total_iteration is not None and (not isinstance(total_iteration, int) or total_iteration < 1):
             raise ConfigError(f"total_iteration {total_iteration!r}: is no number of rounds. Use 1 or more.")
         if speedup and dummy_input is None:
@@ -128,6 +133,12 @@ class ScheduledPruner:
         return best.id, best.model, best.masks, best.score, best.config_list
 
 
+def _either_form(subject: str, takes: Sequence[str], args: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Positional arguments by their names: ``takes``, or of a scheduled pruner if the first is a name."""
+    rounds = ("pruning_algorithm", "total_iteration")
+    return by_name(subject, rounds if args and isinstance(args[0], str) else takes, args, options)
+
+
 class LinearPruner(ScheduledPruner):
     """Sparsity grows by the same amount in each round."""
 
@@ -148,8 +159,7 @@ class AGPPruner(ScheduledPruner):
         self,
         model: nn.Module,
         config_list: Sequence[Mapping[str, Any]],
-        optimizer: Optimizer | str | None = None,
-        pruning_algorithm: str | int = "level",
+        *args: Any,
         **options: Any,
     ) -> None:
         """Takes ``(optimizer, pruning_algorithm)`` after the config list, or ``(pruning_algorithm, total_iteration)``.
@@ -157,13 +167,9 @@ class AGPPruner(ScheduledPruner):
         The optimizer is that of the user's loop, or of a basic pruner that trains; masks need none, they act in the
         model. See :class:`ScheduledPruner` for the rest.
         """
-        if isinstance(optimizer, str):
-            if isinstance(pruning_algorithm, int):
-                options["total_iteration"] = pruning_algorithm
-            pruning_algorithm = optimizer
-        if isinstance(optimizer, Optimizer):
-            options["optimizer"] = optimizer
-        super().__init__(model, config_list, str(pruning_algorithm), **options)
+        super().__init__(
+            model, config_list, **_either_form("AGPPruner", ("optimizer", "pruning_algorithm"), args, options)
+        )
         self._shares: dict[str, float] = {}
         if self._rounds is None and any(
             one.entry.end_epoch is None for one in self.settings.values() if not one.entry.exclude
@@ -220,28 +226,24 @@ class LotteryTicketPruner(ScheduledPruner):
         self,
         model: nn.Module,
         config_list: Sequence[Mapping[str, Any]],
-        optimizer: Optimizer | str | None = None,
-        lr_scheduler: LRScheduler | int | None = None,
-        reset_weights: bool = True,
+        *args: Any,
         **options: Any,
     ) -> None:
         """Takes ``(optimizer, lr_scheduler)`` after the config list, or ``(pruning_algorithm, total_iteration)``.
 
-        Optimizer and learning rate scheduler return to what they were, too. See :class:`ScheduledPruner` for the rest.
+        Optimizer and learning rate scheduler return to what they were, too, and weights unless ``reset_weight`` is
+        false. See :class:`ScheduledPruner` for the rest.
         """
-        algorithm = options.pop("pruning_algorithm", "level")
-        if isinstance(optimizer, str):
-            algorithm, optimizer = optimizer, None
-        if isinstance(optimizer, Optimizer):
-            options["optimizer"] = optimizer
-        if isinstance(lr_scheduler, int):
-            options["total_iteration"], lr_scheduler = lr_scheduler, None
-        self.rewind = bool(options.pop("reset_weight", reset_weights))  # type: ignore[misc]  # of this one
-        super().__init__(model, config_list, algorithm, **options)
-        for what, one in (("optimizer", optimizer), ("lr_scheduler", lr_scheduler)):
-            if one is not None and not hasattr(one, "load_state_dict"):
-                raise ConfigError(f"{what}: is a {type(one).__name__}, without a state that could return. Give yours.")
-        self._stateful = [one for one in (optimizer, lr_scheduler) if one is not None]
+        values = _either_form("LotteryTicketPruner", ("optimizer", "lr_scheduler", "reset_weights"), args, options)
+        lr_scheduler, again = values.pop("lr_scheduler", None), values.pop("reset_weights", True)
+        self.rewind = bool(values.pop("reset_weight", again))  # type: ignore[misc]  # of this one
+        super().__init__(model, config_list, **values)
+        if lr_scheduler is not None and not hasattr(lr_scheduler, "load_state_dict"):
+            kind = type(lr_scheduler).__name__
+            raise ConfigError(f"lr_scheduler: is a {kind}, without a state that could return. Give yours.")
+        optimizer = self.pruner.options.optimizer
+        own = optimizer if isinstance(optimizer, Optimizer) else None
+        self._stateful = [one for one in (own, lr_scheduler) if one is not None]
         self._first: list[dict[str, Any]] = []
         self._started = -1
         if self._rounds is None:
@@ -257,7 +259,8 @@ class LotteryTicketPruner(ScheduledPruner):
         """Remembers the first values; or prunes in rounds if ``total_iteration`` is given."""
         if self._rounds is not None:
             return super().compress()
-        self._first = [copy.deepcopy(one.state_dict()) for one in (self._model, *self._stateful)]
+        states = beneath_masks(self._model.state_dict()), *(one.state_dict() for one in self._stateful)
+        self._first = [copy.deepcopy(state) for state in states]
         self._started = -1
         self.pruner.watch()
         return self._model, self.masks

@@ -1,35 +1,35 @@
 """The searches under the names that their users know from NNI's auto pruners."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
-from graphprune.config import closest
 from graphprune.config_list import read_config_list, target_of
-from graphprune.errors import ConfigError
+from graphprune.errors import ConfigError, shown
 from graphprune.evidence import at_first_call
-from graphprune.pruners.algorithms import ALGORITHMS, Pruner
+from graphprune.pruners.algorithms import Pruner
 from graphprune.pruners.options import Options
-from graphprune.pruners.sparsify import Masks, masks_of
-from graphprune.search import (
-    Episodes,
-    Found,
-    Schedule,
-    Space,
-    Trials,
-    amc,
-    annealing,
-    autocompress,
-    netadapt,
-    prune_by_sensitivity,
+from graphprune.pruners.search_options import (
+    AMCOptions,
+    AnnealingOptions,
+    AutoCompressOptions,
+    NetAdaptOptions,
+    SearchOptions,
+    SensitivityOptions,
 )
-from graphprune.search.annealing import MANUAL
+from graphprune.pruners.sparsify import Masks, masks_of
+from graphprune.search import Found, Space, Trials, amc, annealing, autocompress, netadapt, prune_by_sensitivity
 from graphprune.search.asked import asked_sparsity
+from graphprune.search.candidate import seeded
 from speedup.inputs import ExampleInputs
 from speedup.masking import attach_masks
+from speedup.repair import repaired
 
 Evaluator = Callable[..., Any]
 
@@ -42,23 +42,19 @@ class SearchPruner:
     and with its weights where the search trains.
 
     Attributes:
+        takes: The class of its options.
+        shares: Whether the config list has to say how much goes.
+        options: Everything that it was given beside the model and the config list.
         found: What the search has found, once it has run; ``found.result.model`` is the smaller model.
     """
 
+    takes: ClassVar[type[SearchOptions]] = SearchOptions
+    shares: ClassVar[bool] = True
+
+    options: SearchOptions
+
     def __init__(
-        self,
-        model: nn.Module,
-        config_list: Sequence[Mapping[str, Any]],
-        evaluator: Evaluator,
-        *,
-        optimize_mode: str = "maximize",
-        base_algo: str = "l1",
-        dummy_input: ExampleInputs | None = None,
-        experiment_data_dir: Path | str | None = None,
-        workers: Any = None,
-        seed: int = 0,
-        keep_at_least: float = 0.0,
-        shares: bool = True,
+        self, model: nn.Module, config_list: Sequence[Mapping[str, Any]], evaluator: Evaluator, **options: Any
     ) -> None:
         """Checks what is asked; nothing is done yet.
 
@@ -66,34 +62,14 @@ class SearchPruner:
             model: Any module.
             config_list: Which layers, and how much of them.
             evaluator: ``evaluator(model)`` returns a number.
-            optimize_mode: ``maximize`` or ``minimize`` it.
-            base_algo: What scores a channel: l1, l2, fpgm or slim.
-            dummy_input: Example inputs; those of the evaluator's first call if they are left out.
-            experiment_data_dir: Folder for the journal from which a search that was stopped goes on; None for none.
-            workers: Where candidates are evaluated; None for this process, or see :class:`~graphprune.search.Trials`.
-            seed: Of everything that is random.
-            keep_at_least: Share of the channels of every group that stays.
-            shares: Whether the config list has to say how much goes.
+            **options: The fields of :attr:`takes`.
 
         Raises:
             ConfigError: What is asked makes no sense for this model.
         """
-        criterion = ALGORITHMS[base_algo].criterion if base_algo in ALGORITHMS else None
-        if criterion not in ("l1", "l2", "fpgm", "bn_scale"):
-            known = ("l1", "l2", "fpgm", "slim")
-            raise ConfigError(
-                f"base_algo {base_algo!r}: scores no channels by their weights{closest(str(base_algo), known)}. "
-                f"Use one of {', '.join(known)}."
-            )
-        if optimize_mode not in ("maximize", "minimize"):
-            raise ConfigError(f"optimize_mode {optimize_mode!r}: is not known. Use maximize or minimize.")
-        if not callable(evaluator):
-            raise ConfigError(f"evaluator: is a {type(evaluator).__name__}. Give a function of a model.")
-        self._model, self._evaluator, self._criterion = model, evaluator, criterion
-        self._minimize, self._workers, self._seed = optimize_mode == "minimize", workers, seed
-        self._folder = None if experiment_data_dir is None else Path(experiment_data_dir)
-        self._example, self._keep_at_least = dummy_input, keep_at_least
-        self._settings = read_config_list(model, config_list, shares=shares)
+        self.options = self.takes.of({"evaluator": evaluator, **options})
+        self._model, self._evaluator = model, evaluator
+        self._settings = read_config_list(model, config_list, shares=self.shares)
         self.found: Found | None = None
 
     def compress(self) -> tuple[nn.Module, Masks]:
@@ -116,58 +92,48 @@ class SearchPruner:
         return asked_sparsity(space)
 
     def _trials(self) -> Trials:
-        if self._example is None:
-            self._example = self._inputs_of_evaluator()
+        options = self.options
         space = Space.of(
             self._model,
-            self._example,
-            criterion=self._criterion,
+            self._inputs_of_evaluator() if options.dummy_input is None else options.dummy_input,
+            criterion=options.scores_by,
             asked=partial(target_of, settings=self._settings),
-            keep_at_least=self._keep_at_least,
+            keep_at_least=options.keep_at_least,
             round_to=1,
-            seed=self._seed,
+            seed=options.seed,
         )
-        journal = None if self._folder is None else self._folder / f"{type(self).__name__}.jsonl"
-        return Trials(space, self._evaluator, self._minimize, self._workers, journal, self._seed)
+        folder, minimize = options.experiment_data_dir, options.optimize_mode == "minimize"
+        journal = None if folder is None else Path(folder) / f"{type(self).__name__}.jsonl"
+        return Trials(space, self._evaluator, minimize, options.workers, journal, options.seed)
 
     def _inputs_of_evaluator(self) -> ExampleInputs:
+        """What the evaluator calls a model with; it may change that, and is given a copy as it is given candidates."""
         noted: list[ExampleInputs] = []
-        modes = {module: module.training for module in self._model.modules()}
-        with at_first_call(self._model, lambda inputs, *_: noted.append(inputs)):
-            self._evaluator(self._model)
-        for module, mode in modes.items():
-            module.training = mode
+        model = repaired(self._model, {}, ()).eval()
+        seeds = seeded(self.options.seed, torch.get_num_threads())
+        with seeds, at_first_call(model, lambda inputs, *_: noted.append(inputs)):
+            self._evaluator(model)
         if not noted:
             raise ConfigError("evaluator: does not call the model that it is given. Give dummy_input.")
         return noted[0]
 
 
 class SimulatedAnnealingPruner(SearchPruner):
-    """See :func:`graphprune.search.annealing`."""
+    """See :func:`graphprune.search.annealing`; it takes :class:`AnnealingOptions`."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config_list: Sequence[Mapping[str, Any]],
-        evaluator: Evaluator,
-        *,
-        start_temperature: float = MANUAL.start,
-        stop_temperature: float = MANUAL.stop,
-        cool_down_rate: float = MANUAL.cool,
-        perturbation_magnitude: float = MANUAL.perturbation,
-        **options: Any,
-    ) -> None:
-        """Takes how it cools, and what :class:`SearchPruner` takes."""
-        super().__init__(model, config_list, evaluator, **options)
-        self._schedule = Schedule(start_temperature, stop_temperature, cool_down_rate, perturbation_magnitude)
+    takes = AnnealingOptions
+    options: AnnealingOptions
 
     def search(self, trials: Trials) -> Found:
         """Runs the search."""
-        return annealing(trials, self.sparsity(trials.space), schedule=self._schedule)
+        return annealing(trials, self.sparsity(trials.space), schedule=self.options.schedule)
 
 
 class NetAdaptPruner(SearchPruner):
-    """See :func:`graphprune.search.netadapt`; ``resource`` is weights, params, macs or latency."""
+    """See :func:`graphprune.search.netadapt`; it takes :class:`NetAdaptOptions`."""
+
+    takes = NetAdaptOptions
+    options: NetAdaptOptions
 
     def __init__(
         self,
@@ -175,23 +141,23 @@ class NetAdaptPruner(SearchPruner):
         config_list: Sequence[Mapping[str, Any]],
         short_term_fine_tuner: Callable[[nn.Module], Any] | None,
         evaluator: Evaluator,
-        *,
-        sparsity_per_iteration: float = 0.05,
-        resource: Any = "weights",
         **options: Any,
     ) -> None:
-        """Takes how each candidate is trained and how large a step is, and what :class:`SearchPruner` takes."""
-        super().__init__(model, config_list, evaluator, **options)
-        self._finetune, self._step, self._resource = short_term_fine_tuner, sparsity_per_iteration, resource
+        """Takes what trains each candidate for a short time, and what :class:`SearchPruner` takes."""
+        super().__init__(model, config_list, evaluator, short_term_fine_tuner=short_term_fine_tuner, **options)
 
     def search(self, trials: Trials) -> Found:
         """Runs the search."""
-        budget = 1 - self.sparsity(trials.space)
-        return netadapt(trials, budget, resource=self._resource, step=self._step, finetune=self._finetune)
+        budget, options = 1 - self.sparsity(trials.space), self.options
+        tune = options.short_term_fine_tuner
+        return netadapt(trials, budget, resource=options.resource, step=options.sparsity_per_iteration, finetune=tune)
 
 
 class SensitivityPruner(SearchPruner):
-    """See :func:`graphprune.search.prune_by_sensitivity`."""
+    """See :func:`graphprune.search.prune_by_sensitivity`; it takes :class:`SensitivityOptions`."""
+
+    takes = SensitivityOptions
+    options: SensitivityOptions
 
     def __init__(
         self,
@@ -199,14 +165,11 @@ class SensitivityPruner(SearchPruner):
         config_list: Sequence[Mapping[str, Any]],
         evaluator: Evaluator,
         finetuner: Callable[..., Any] | None = None,
-        *,
-        sparsity_per_iter: float = 0.1,
-        acc_drop_threshold: float = 0.05,
         **options: Any,
     ) -> None:
-        """Takes how the model of a round is trained and how large a step is, and what :class:`SearchPruner` takes."""
-        super().__init__(model, config_list, evaluator, **options)
-        self._finetune, self._step, self._drop = finetuner, sparsity_per_iter, acc_drop_threshold
+        """Takes what trains the model of a round, and what :class:`SearchPruner` takes."""
+        super().__init__(model, config_list, evaluator, finetuner=finetuner, **options)
+        self._finetune: Callable[..., Any] | None = finetuner
 
     def compress(
         self,
@@ -215,11 +178,18 @@ class SensitivityPruner(SearchPruner):
         finetune_args: Sequence[Any] = (),
         finetune_kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[nn.Module, Masks]:
-        """Searches; what is given is handed on to evaluator and finetuner, the candidate where the model stands."""
+        """Searches; what is given is handed on to evaluator and finetuner, the candidate where the model stands.
+
+        Where the model is not among it, the candidate comes first if nothing else is given by position, or as the
+        argument ``model``.
+
+        Raises:
+            ConfigError: It is not known where the candidate goes.
+        """
         evaluator, finetuner = self._evaluator, self._finetune
-        self._evaluator = _Given(evaluator, self._model, tuple(eval_args), dict(eval_kwargs or {}))
+        self._evaluator = _given("eval", evaluator, self._model, eval_args, eval_kwargs or {})
         if finetuner is not None:
-            self._finetune = _Given(finetuner, self._model, tuple(finetune_args), dict(finetune_kwargs or {}))
+            self._finetune = _given("finetune", finetuner, self._model, finetune_args, finetune_kwargs or {})
         try:
             return super().compress()
         finally:
@@ -227,12 +197,22 @@ class SensitivityPruner(SearchPruner):
 
     def search(self, trials: Trials) -> Found:
         """Runs the search."""
-        sparsity = self.sparsity(trials.space)
-        return prune_by_sensitivity(trials, sparsity, step=self._step, drop=self._drop, finetune=self._finetune)
+        sparsity, step, drop = (
+            self.sparsity(trials.space),
+            self.options.sparsity_per_iter,
+            self.options.acc_drop_threshold,
+        )
+        return prune_by_sensitivity(trials, sparsity, step=step, drop=drop, finetune=self._finetune)
 
 
 class AutoCompressPruner(SearchPruner):
-    """See :func:`graphprune.search.autocompress`; its structured ADMM is that of ``ADMMPruner``."""
+    """See :func:`graphprune.search.autocompress`; its structured ADMM is that of ``ADMMPruner``.
+
+    It takes :class:`AutoCompressOptions`.
+    """
+
+    takes = AutoCompressOptions
+    options: AutoCompressOptions
 
     def __init__(
         self,
@@ -241,45 +221,28 @@ class AutoCompressPruner(SearchPruner):
         trainer: Callable[..., Any],
         evaluator: Evaluator,
         dummy_input: ExampleInputs | None = None,
-        *,
-        criterion: Any = None,
-        optimizer: Any = None,
-        num_iterations: int = 3,
-        start_temperature: float = MANUAL.start,
-        stop_temperature: float = MANUAL.stop,
-        cool_down_rate: float = MANUAL.cool,
-        perturbation_magnitude: float = MANUAL.perturbation,
-        admm_num_iterations: int = 30,
-        admm_training_epochs: int = 5,
-        row: float = 1e-4,
         **options: Any,
     ) -> None:
-        """Takes how the model is trained and how long, and what :class:`SearchPruner` takes.
-
-        The optimizer has to be a function of parameters, because the model of each round is another one.
-        """
-        super().__init__(model, config_list, evaluator, dummy_input=dummy_input, **options)
-        self._rounds = num_iterations
-        self._schedule = Schedule(start_temperature, stop_temperature, cool_down_rate, perturbation_magnitude)
-        self._admm = {
-            "trainer": trainer,
-            "optimizer": optimizer,
-            "criterion": criterion,
-            "iterations": admm_num_iterations,
-            "training_epochs": admm_training_epochs,
-            "rho": row,
-        }
+        """Takes how the model is trained, and what :class:`SearchPruner` takes."""
+        super().__init__(model, config_list, evaluator, trainer=trainer, dummy_input=dummy_input, **options)
 
     def search(self, trials: Trials) -> Found:
         """Runs the search."""
-        space = trials.space
-        regularise = TowardsShares(space.layers, space.example_inputs, self._admm)
-        sparsity = self.sparsity(space)
-        return autocompress(trials, sparsity, rounds=self._rounds, schedule=self._schedule, regularise=regularise)
+        space, options = trials.space, self.options
+        regularise = TowardsShares(space.layers, space.example_inputs, options.admm)
+        rounds, schedule = options.num_iterations, options.schedule
+        return autocompress(trials, self.sparsity(space), rounds=rounds, schedule=schedule, regularise=regularise)
 
 
 class AMCPruner(SearchPruner):
-    """See :func:`graphprune.search.amc`; the evaluator takes ``(val_loader, model)``, or the model without a loader."""
+    """See :func:`graphprune.search.amc`; the evaluator takes ``(val_loader, model)``, or the model without a loader.
+
+    It takes :class:`AMCOptions`.
+    """
+
+    takes = AMCOptions
+    shares = False
+    options: AMCOptions
 
     def __init__(
         self,
@@ -287,40 +250,90 @@ class AMCPruner(SearchPruner):
         config_list: Sequence[Mapping[str, Any]],
         evaluator: Evaluator,
         val_loader: Any = None,
-        *,
-        flops_ratio: float = 0.5,
-        lbound: float = 0.2,
-        channel_round: int = 8,
-        train_episode: int = 800,
-        warmup: int = 100,
         **options: Any,
     ) -> None:
-        """Takes the bound and how long the agent learns, and what :class:`SearchPruner` takes."""
-        given = evaluator if val_loader is None else partial(evaluator, val_loader)
-        super().__init__(model, config_list, given, shares=False, **options)
-        self._ratio, self._least, self._round_to = flops_ratio, lbound, channel_round
-        self._episodes = Episodes(train_episode, warmup)
+        """Takes what the evaluator takes beside the model, and what :class:`SearchPruner` takes."""
+        super().__init__(model, config_list, evaluator, val_loader=val_loader, **options)
+        if val_loader is not None:
+            self._evaluator = partial(evaluator, val_loader)
 
     def search(self, trials: Trials) -> Found:
         """Runs the search."""
-        return amc(trials, self._ratio, keep_at_least=self._least, round_to=self._round_to, episodes=self._episodes)
+        ratio, least, block = self.options.flops_ratio, self.options.lbound, self.options.channel_round
+        return amc(trials, ratio, keep_at_least=least, round_to=block, episodes=self.options.episodes)
 
 
+def _given(
+    what: str, function: Evaluator, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> "_Given":
+    """Returns a function of a candidate alone, from one with arguments among which is the model or has a place.
+
+    Raises:
+        ConfigError: The arguments are none, or it is not known where the candidate goes.
+    """
+    for name, value, kind, form in (
+        (f"{what}_args", args, Sequence, "a list, such as [model]"),
+        (f"{what}_kwargs", kwargs, Mapping, "a mapping"),
+    ):
+        if not isinstance(value, kind) or isinstance(value, str):
+            raise ConfigError(f"{name}: is {shown(value)}. Give {form}.")
+    places = [place for place, value in enumerate(args) if value is model]
+    names = [name for name, value in kwargs.items() if value is model]
+    args = list(args)
+    if not places and not names:
+        held = [value for value in args if isinstance(value, nn.Module)]
+        place = 0 if not args else None if held else _place_of_model(function)
+        if place is None:
+            fact = f"holds a {type(held[0]).__name__} that is not the model" if held else "does not hold the model"
+            raise ConfigError(f"{what}_args: {fact}, so that all candidates would be the same. Put the model into it.")
+        args.insert(place, model)
+        places = [place]
+    if (why := _misfit(function, args, kwargs)) is not None:
+        raise ConfigError(f"{what}_args: the function cannot be called with them ({why}). Give all that it takes.")
+    return _Given(
+        function,
+        [None if value is model else value for value in args],
+        {name: value for name, value in kwargs.items() if value is not model},
+        places,
+        names,
+    )
+
+
+def _place_of_model(function: Evaluator) -> int | None:
+    """The place of the argument that is called ``model``; None if there is none."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # a built-in
+        return None
+    found = [p.name == "model" and p.kind is not p.KEYWORD_ONLY for p in parameters]
+    return found.index(True) if any(found) else None
+
+
+def _misfit(function: Evaluator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+    """Why a function does not take these arguments; None if it does, or does not say what it takes."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        return str(error)
+    except ValueError:  # a built-in
+        return None
+    return None
+
+
+@dataclass(frozen=True)
 class _Given:
-    """A function with arguments, among which a candidate takes the place of the model."""
+    """A function with arguments, among which a candidate takes the place of the model; it can go to a worker."""
 
-    def __init__(self, function: Evaluator, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._function = function
-        self._places = [place for place, value in enumerate(args) if value is model] or ([] if args else [0])
-        self._names = [name for name, value in kwargs.items() if value is model]
-        self._args = [None if value is model else value for value in args] or [None]
-        self._kwargs = {name: None if value is model else value for name, value in kwargs.items()}
+    function: Evaluator
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    places: Sequence[int]
+    names: Sequence[str]
 
     def __call__(self, candidate: nn.Module) -> Any:
         """The function of the candidate."""
-        args = [candidate if place in self._places else value for place, value in enumerate(self._args)]
-        kwargs = {name: candidate if name in self._names else value for name, value in self._kwargs.items()}
-        return self._function(*args, **kwargs)
+        args = [candidate if place in self.places else value for place, value in enumerate(self.args)]
+        return self.function(*args, **{**self.kwargs, **dict.fromkeys(self.names, candidate)})
 
 
 class TowardsShares:

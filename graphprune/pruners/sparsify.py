@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.weight_norm import WeightNorm
 
 from graphprune.config_list import Entry, Setting, target_of
 from graphprune.criteria import CRITERIA, SLICES, Scores
@@ -48,9 +49,20 @@ def element_masks(
         ConfigError: A weight cannot be divided into such blocks.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    holders: dict[int, list[Setting]] = {}
+    for layer, setting in settings.items():
+        module = model.get_submodule(layer)
+        excluded = [f"{layer}.{name}" for name, _ in module.named_parameters(recurse=False)]
+        for name in excluded if setting.entry.exclude else weight_names(model, layer):
+            holders.setdefault(id(parameters[name]), []).append(setting)
     masks: dict[str, Tensor] = {}
     for entry, layers in _by_entry(settings):
-        weights = {name: parameters[name] for layer in layers for name in weight_names(model, layer)}
+        weights = {
+            name: parameters[name]
+            for layer in layers
+            for name in weight_names(model, layer)
+            if _least(holders[id(parameters[name])]).asks_like(settings[layer])
+        }
         masks |= tensor_masks(weights, entry, block=block, scores=scores, gone=gone, together=together)
     return by_layer(masks)
 
@@ -175,13 +187,18 @@ def by_layer(masks: Mapping[str, Tensor]) -> Masks:
 
 
 def _by_entry(settings: Mapping[str, Setting]) -> Iterator[tuple[Entry, list[str]]]:
-    """The layers of each entry that does not exclude them."""
-    chosen: dict[int, list[str]] = {}
+    """The layers of which the same is asked together; those that are excluded are none of them."""
+    chosen: dict[tuple[int, float | None], list[str]] = {}
     for layer, setting in settings.items():
         if not setting.entry.exclude:
-            chosen.setdefault(setting.position, []).append(layer)
+            chosen.setdefault((setting.position, setting.entry.share), []).append(layer)
     for layers in chosen.values():
         yield settings[layers[0]].entry, layers
+
+
+def _least(settings: Sequence[Setting]) -> Setting:
+    """What is asked of a weight that several layers share: the least that any of them is asked for."""
+    return min(settings, key=lambda one: 0.0 if one.entry.exclude else one.entry.share or 0.0)
 
 
 def _counts(
@@ -203,16 +220,21 @@ def _counts(
 
 
 def _without_lowest(values: Tensor, count: int, parts: int = 1) -> Tensor:
-    """A mask in the shape of ``values`` without the ``count`` lowest, or as many more as go of equal parts alike."""
+    """A mask in the shape of ``values`` without the ``count`` lowest, or so many nearby that equal parts lose alike."""
     rows = values.reshape(parts, -1)
-    order = rows.argsort(dim=1, stable=True)[:, : min(-(-count // parts), rows.shape[1] - 1)]
+    order = rows.argsort(dim=1, stable=True)[:, : min((2 * count + parts) // (2 * parts), rows.shape[1] - 1)]
     return torch.ones_like(rows).scatter_(1, order, 0.0).reshape(values.shape)
 
 
 def weight_names(model: nn.Module, layer: str) -> list[str]:
-    """Returns the names of a layer's weights: what has two dimensions or more, or else the scale of a norm."""
-    own = dict(model.get_submodule(layer).named_parameters(recurse=False))
-    found = [name for name, parameter in own.items() if parameter.dim() > 1] or [
+    """Returns the names of a layer's weights: what has two dimensions or more, or else the scale of a norm.
+
+    Of a weight that is normalised by a hook that is its direction, and not its length.
+    """
+    module = model.get_submodule(layer)
+    own = dict(module.named_parameters(recurse=False))
+    lengths = {f"{hook.name}_g" for hook in module._forward_pre_hooks.values() if isinstance(hook, WeightNorm)}
+    found = [name for name, parameter in own.items() if parameter.dim() > 1 and name not in lengths] or [
         name for name in own if name == "weight"
     ]
     if not found:

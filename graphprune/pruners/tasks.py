@@ -10,6 +10,7 @@ from graphprune.errors import ConfigError
 from graphprune.pruners.basic import BasicPruner
 from graphprune.pruners.rounds import Work
 from graphprune.pruners.scheduled import ScheduledPruner
+from graphprune.pruners.sparsify import Masks
 from speedup.masking import attach_masks
 
 
@@ -82,9 +83,8 @@ class PruningScheduler(ScheduledPruner):
                 raise ConfigError(f"{what}: is a {type(value).__name__}. Give one of graphprune.pruners.")
         self.schedule = task_generator.schedule  # type: ignore[misc]  # of this one
         self.rewind = reset_weight  # type: ignore[misc]  # of this one
-        if task_generator.origin_masks:
-            attach_masks(task_generator.origin_model, task_generator.origin_masks)
-        options = {name: value for name, value in pruner.options.model_dump().items() if value is not None}
+        self._origin_masks = task_generator.origin_masks
+        options = {name: getattr(pruner.options, name) for name in pruner.options.model_fields_set}
         example = options.pop("dummy_input", None)
         super().__init__(
             task_generator.origin_model,
@@ -97,3 +97,8 @@ class PruningScheduler(ScheduledPruner):
             evaluator=evaluator,
             **options,
         )
+
+    def compress(self) -> tuple[nn.Module, Masks]:
+        """Attaches the masks of the beginning to the model, prunes in rounds, and returns the best model and masks."""
+        attach_masks(self._model, self._origin_masks)
+        return super().compress()

@@ -35,11 +35,11 @@ class Schedule:
     batch: int = 4
 
     def __post_init__(self) -> None:
-        if not (0 < self.stop <= self.start and 0 < self.cool < 1):
+        if not (0 < self.stop <= self.start < math.inf and 0 < self.cool < 1):
             raise ConfigError(
                 f"annealing: from {self.start} to {self.stop} by {self.cool} never ends. Use 100, 20 and 0.9."
             )
-        if self.tries < 1 or self.batch < 1 or self.perturbation <= 0:
+        if self.tries < 1 or self.batch < 1 or not 0 < self.perturbation < math.inf:
             raise ConfigError("annealing: tries, batch and perturbation are above 0. Use 4, 1 and 0.35.")
 
 

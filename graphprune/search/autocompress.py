@@ -67,5 +67,5 @@ class _Towards:
     regularise: Regularise
     shares: Shares = field(hash=False)
 
-    def __call__(self, model: nn.Module) -> None:
-        self.regularise(model, self.shares)
+    def __call__(self, model: nn.Module) -> object:
+        return self.regularise(model, self.shares)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from graphprune.errors import ConfigError, ModelError
 from graphprune.search.state import Weights, shrunk_model, tensors_after
+from graphprune.training.loop import in_place
 from speedup.analysis import Analysis, analyse
 from speedup.capture import capture
 from speedup.inputs import ExampleInputs
@@ -21,7 +22,7 @@ from speedup.labels import Mask
 from speedup.repair import repaired
 
 Evaluate = Callable[[nn.Module], Any]
-"""Gives a number for a model, which it may change."""
+"""Gives a number for a model, which is in eval mode and which it may change."""
 
 Tune = Callable[[nn.Module], Any]
 """Trains a model in place."""
@@ -54,18 +55,16 @@ class Origin:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A candidate: what is left of the model, how it is trained, and the seed of everything random in both.
+    """A candidate: what is left of the model, and the seed of everything random in its training and evaluation.
 
     Attributes:
         live: The classes that are left, shape (classes,).
         seed: Of torch, numpy and random.
-        tune: Trains the shrunk model before it is evaluated; None if nothing does.
         scored: Whether it is evaluated.
     """
 
     live: Mask
     seed: int
-    tune: Tune | None = None
     scored: bool = True
 
 
@@ -77,28 +76,32 @@ class Outcome:
     weights: Weights | None
 
 
-def try_candidate(origin: Origin, weights: Weights | None, job: Job, analysis: Analysis | None = None) -> Outcome:
+def try_candidate(
+    origin: Origin, weights: Weights | None, tune: Tune | None, job: Job, analysis: Analysis | None = None
+) -> Outcome:
     """Returns what comes of a candidate: a function of its arguments alone, wherever it runs.
 
     Args:
         origin: What all candidates have in common.
         weights: The dense model's tensors in the state from which the candidate starts; None for those it came with.
+        tune: Trains the shrunk model before it is evaluated; None if nothing does.
         job: The candidate.
         analysis: The dense model's analysis where that is at hand.
 
     Raises:
         ConfigError: The evaluator gives no finite number.
         ModelError: The model is captured differently here.
+        TrainingError: What trains it returns another model.
     """
     analysis = analysis or _analysed(origin)
     if len(job.live) != analysis.classes.count:
         raise ModelError("model: a worker captures it differently. Use the same versions of everything there.")
     with seeded(job.seed, origin.threads):
         model = shrunk_model(analysis, job.live, weights)
-        if job.tune is not None:
-            job.tune(model)
-        found = tensors_after(model) if job.tune is not None else None
-        return Outcome(checked_score(origin.evaluate(model)) if job.scored else None, found)
+        if tune is not None:
+            in_place(model, tune)
+        found = tensors_after(model) if tune is not None else None
+        return Outcome(checked_score(origin.evaluate(model.eval())) if job.scored else None, found)
 
 
 def checked_score(value: Any) -> float:

@@ -110,6 +110,7 @@ class Finder(Said):
             workers=self.workers,
             journal=self.journal,
             seed=request.seed,
+            modules=source.modules,
             code=source.code,
             about=about,
         )
@@ -182,7 +183,9 @@ def analysed(
         calibrate = source.in_training(_Tune(source.training.first(20), 1, seed))
     options = {"criterion": criterion, "calibrate": calibrate, "seed": seed, "round_to": 1}
     space = stage("analyse", Space.of, source.model, source.example_inputs, **options)
-    trials = Trials(space, source.evaluate, workers=workers, journal=journal, seed=seed, code=source.code)
+    trials = Trials(
+        space, source.evaluate, workers=workers, journal=journal, seed=seed, modules=source.modules, code=source.code
+    )
     return space, stage("evaluate", sensitivity, trials, shares)
 
 

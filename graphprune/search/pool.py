@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 from graphprune.errors import ConfigError
-from graphprune.search.candidate import Job, Origin, Outcome, try_candidate
+from graphprune.search.candidate import Job, Origin, Outcome, Tune, try_candidate
+from graphprune.search.parcel import Parcel, opened, packed
 from graphprune.search.state import Weights
 from speedup.analysis import Analysis
-from speedup.errors import first_line
 
 
 @runtime_checkable
@@ -21,7 +22,12 @@ class Executor(Protocol):
 
 
 def outcomes(
-    executor: Executor | None, origin: Origin, weights: Weights | None, jobs: Sequence[Job], analysis: Analysis
+    executor: Executor | None,
+    origin: Origin,
+    weights: Weights | None,
+    tune: Tune | None,
+    jobs: Sequence[Job],
+    analysis: Analysis,
 ) -> Iterator[tuple[int, Outcome]]:
     """Yields the place of each job and what came of it, in the order in which they end.
 
@@ -30,9 +36,9 @@ def outcomes(
     """
     if executor is None:
         for place, job in enumerate(jobs):
-            yield place, try_candidate(origin, weights, job, analysis)
+            yield place, try_candidate(origin, weights, tune, job, analysis)
         return
-    places = {executor.submit(try_candidate, origin, weights, job): place for place, job in enumerate(jobs)}
+    places = {executor.submit(try_candidate, origin, weights, tune, job): place for place, job in enumerate(jobs)}
     try:
         for future in as_completed(places):
             yield places[future], _own_error(future)
@@ -42,20 +48,11 @@ def outcomes(
 
 
 def _own_error(future: "Future[Any]") -> Outcome:
-    """The result of a future; an error of a worker is raised as it was there.
-
-    Raises:
-        ConfigError: A worker of Ray cannot read what is sent to it.
-    """
+    """The result of a future; an error of a worker is raised as it was there."""
     try:
         found: Outcome = future.result()
     except Exception as error:
         cause = getattr(error, "cause", None)  # where Ray wraps it
-        if isinstance(cause, Exception) and type(cause).__name__ == "RaySystemError":
-            fact = first_line(cause).removeprefix("System error: ")
-            raise ConfigError(
-                f"workers: one cannot read what is sent to it ({fact}). Have the code of model and evaluator there."
-            ) from error
         if isinstance(cause, Exception) and isinstance(error, type(cause)):
             raise cause from error
         raise
@@ -63,35 +60,41 @@ def _own_error(future: "Future[Any]") -> Outcome:
 
 
 class _OnRay:
-    """Runs functions on a Ray cluster; models and weights go there once, not with every call."""
+    """Runs functions on a Ray cluster; what is the same from call to call goes there once."""
 
-    def __init__(self, ray: Any) -> None:
-        self._ray = ray
-        self._functions: dict[Any, Any] = {}
-        self._sent: list[tuple[Any, Any]] = []
+    def __init__(self, ray: Any, modules: Sequence[ModuleType]) -> None:
+        self._ray, self._modules = ray, modules
+        self._call = ray.remote(_call)
+        self._sent: dict[int, tuple[Any, Any]] = {}
 
     def submit(self, function: Callable[..., Any], /, *args: Any) -> "Future[Any]":
         """The future result of ``function(*args)``."""
-        remote = self._functions.setdefault(function, self._ray.remote(function))
-        future: Future[Any] = remote.remote(*map(self._reference, args)).future()
+        parcels = [self._reference(place, value) for place, value in enumerate(args)]
+        future: Future[Any] = self._call.remote(function, *parcels).future()
         return future
 
-    def _reference(self, value: Any) -> Any:
-        """The value, or where it is large a reference to it in the object store."""
-        if not isinstance(value, Origin | dict):
-            return value
-        known = [pair for pair in self._sent if pair[0] is value] or [(value, self._ray.put(value))]
-        self._sent = [*[pair for pair in self._sent if pair[0] is not value][-1:], *known]  # the model, and a state
-        return known[0][1]
+    def _reference(self, place: int, value: Any) -> Any:
+        """A reference to the parcel, in the object store, with the argument at a place."""
+        known, reference = self._sent.get(place, (None, None))
+        if known is not value or reference is None:
+            reference = self._ray.put(packed(value, self._modules, self._ray.cloudpickle))
+            self._sent[place] = value, reference
+        return reference
+
+
+def _call(function: Callable[..., Any], *parcels: Parcel) -> Any:
+    """Calls a function on what is in the parcels, in a worker."""
+    return function(*map(opened, parcels))
 
 
 @contextmanager
-def executor_of(workers: Any) -> Iterator[Executor | None]:
+def executor_of(workers: Any, modules: Sequence[ModuleType] = ()) -> Iterator[Executor | None]:
     """Yields what runs the candidates.
 
     Args:
         workers: None for this process; «ray» for the cluster that is connected, else one on this machine; an address
             such as «ray://head:10001»; or an executor such as those of ``concurrent.futures``.
+        modules: Modules that workers of Ray do not have, whose code goes there with what needs it.
 
     Raises:
         ConfigError: It is none of these, or Ray is missing or cannot be reached.
@@ -100,7 +103,7 @@ def executor_of(workers: Any) -> Iterator[Executor | None]:
         yield None
     elif isinstance(workers, str):
         with _connected(workers) as ray:
-            yield _OnRay(ray)
+            yield _OnRay(ray, modules)
     elif isinstance(workers, ThreadPoolExecutor):
         raise ConfigError(
             "workers: threads share one generator of random numbers, so that results would depend on their timing. "

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -65,6 +66,8 @@ class Trials:
         journal: File in which everything is written down that was found out, so that a search that was stopped goes on
             where it was; None for none.
         seed: Of everything that is random.
+        modules: Modules that workers of Ray do not have, whose code goes there with what needs it; that of the script
+            that is run does so anyway.
         code: Says which code evaluates and trains, as a digest; a journal is that of this code alone.
         about: What else results depend on, by name, such as how long candidates are trained.
     """
@@ -75,6 +78,7 @@ class Trials:
     workers: str | Executor | None = None
     journal: Path | str | None = None
     seed: int = 0
+    modules: Sequence[ModuleType] = ()
     code: str = ""
     about: Mapping[str, Any] = field(default_factory=dict)
 
@@ -100,7 +104,7 @@ class Trials:
             "settings": {**settings, **self.about},
         }
         journal = Journal(self.journal, {**header, "code": self.code, "model": self.space.fingerprint})
-        with executor_of(self.workers) as executor:
+        with executor_of(self.workers, self.modules) as executor:
             yield Run(self, journal, executor)
         journal.tidy()
 
@@ -151,7 +155,8 @@ class Run:
             return self.space.cut(state, chosen.live)
         weights = self._journal.weights(chosen.key)
         if weights is None:
-            weights = self._one(self._job(chosen.live, state, tune, use, scored=False), state).weights
+            job = self._job(self._key(chosen.live, state, tune, use), chosen.live, scored=False)
+            weights = next(outcome.weights for _, outcome in self._outcomes([job], state, tune))
             self._journal.keep(chosen.key, weights or {})
         return self.space.moved(state, chosen.live, weights or {}, chosen.key)
 
@@ -195,9 +200,9 @@ class Run:
         known = [key for key in dict.fromkeys(keys) if key in self._journal]
         if tune is not None and known:
             held = max(known, key=rank)
-        jobs = [self._job(live, state, tune, use) for live in missing.values()]
+        jobs = [self._job(key, live) for key, live in missing.items()]
         names = list(missing)
-        for place, outcome in self._outcomes(jobs, state):
+        for place, outcome in self._outcomes(jobs, state, tune):
             key = names[place]
             assert outcome.score is not None
             ahead = held is None or (self.merit(outcome.score), -order[key]) > rank(held)
@@ -216,13 +221,9 @@ class Run:
     def _key(self, live: Mask, state: State, tune: Tune | None, use: str) -> str:
         return digest(state.key, live.tobytes(), "" if tune is None else f"trained {use}")
 
-    def _job(self, live: Mask, state: State, tune: Tune | None, use: str, *, scored: bool = True) -> Job:
-        key = self._key(live, state, tune, use)
-        return Job(live, int(digest(str(self.seed), key)[:15], 16), tune, scored)
+    def _job(self, key: str, live: Mask, *, scored: bool = True) -> Job:
+        return Job(live, int(digest(str(self.seed), key)[:15], 16), scored)
 
-    def _one(self, job: Job, state: State) -> Outcome:
-        return next(outcome for _, outcome in self._outcomes([job], state))
-
-    def _outcomes(self, jobs: Sequence[Job], state: State) -> Iterator[tuple[int, Outcome]]:
+    def _outcomes(self, jobs: Sequence[Job], state: State, tune: Tune | None) -> Iterator[tuple[int, Outcome]]:
         weights: Weights | None = state.weights
-        return outcomes(self._executor, self._origin, weights, jobs, self.space.analysis)
+        return outcomes(self._executor, self._origin, weights, tune, jobs, self.space.analysis)

@@ -5,7 +5,7 @@ from importlib import import_module
 from typing import Any
 
 from graphprune.errors import ConfigError
-from graphprune.training import Hooks
+from graphprune.training.hooks import Hooks, check_hooks
 
 
 def lightning_callback(hooks: Hooks) -> Any:
@@ -18,7 +18,7 @@ def lightning_callback(hooks: Hooks) -> Any:
         hooks: What takes part in training.
 
     Raises:
-        ConfigError: Neither ``lightning`` nor ``pytorch_lightning`` is installed.
+        ConfigError: The hooks are none, or neither ``lightning`` nor ``pytorch_lightning`` is installed.
     """
     relay = _Relay(hooks)
     calls = {
@@ -41,7 +41,7 @@ def transformers_callback(hooks: Hooks) -> Any:
         hooks: What takes part in training.
 
     Raises:
-        ConfigError: ``transformers`` is not installed.
+        ConfigError: The hooks are none, or ``transformers`` is not installed.
     """
     relay = _Relay(hooks)
 
@@ -72,6 +72,7 @@ class _Relay:
     """Passes calls on to hooks, and sees to it that each batch that begins also ends."""
 
     def __init__(self, hooks: Hooks) -> None:
+        check_hooks(hooks)
         self._hooks = hooks
         self._next = 0
         self._inside = False

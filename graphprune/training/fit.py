@@ -5,20 +5,23 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from graphprune.errors import ConfigError, TrainingError
-from graphprune.training.loop import Hooks, Loop, Training
+from graphprune.errors import ConfigError, TrainingError, shown
+from graphprune.training.hooks import Hooks, check_hooks
+from graphprune.training.loop import Loop, Training
 from graphprune.training.snapshot import load_best, load_snapshot, newest_snapshot, save_snapshot, seeded
 
 Evaluator = Callable[[nn.Module], float]
 Direction = Literal["maximize", "minimize"]
+Keep = Literal["last", "best"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def fit(
     patience: int | None = None,
     folder: Path | str | None = None,
     resume: bool = False,
-    keep: Literal["last", "best"] = "last",
+    keep: Keep = "last",
 ) -> Fit:
     """Trains ``model``, which is changed, and returns how it went.
 
@@ -89,7 +92,7 @@ def fit(
         model: The model; it ends in the mode that it began in.
         training: How one epoch is trained.
         epochs: How many there are in all.
-        seed: Of Python, numpy and torch; a generator that a loader brings along is left where it is.
+        seed: Of Python, numpy and torch, in [0, 2**63); a generator that a loader brings along is left where it is.
         progress: Called after each epoch, when its snapshot is written.
         hooks: Called around epochs and batches.
         evaluator: Called after each epoch with the model in eval mode and gradients off; returns a number.
@@ -101,11 +104,35 @@ def fit(
             of the last.
 
     Raises:
-        ConfigError: An option makes no sense, or the folder holds a run that should not be resumed.
+        ConfigError: An option makes no sense, nothing can be trained, or the folder holds a run that should not be
+            resumed.
         ModelError: The folder holds the run of another model or optimizer.
         TrainingError: A loss, a weight or a score is no number, or the trainer trains something else than the model.
     """
-    _check(epochs, patience, optimize_mode, keep, folder, resume)
+    told = (
+        ("model", model, isinstance(model, nn.Module), "a module"),
+        (
+            "training",
+            training,
+            isinstance(training, Training),
+            "a Training, such as Training(trainer, optimizer, loss)",
+        ),
+        ("epochs", epochs, _is_whole(epochs, 0), "a whole number, at least 0"),
+        ("seed", seed, _is_whole(seed, 0) and seed < 1 << 63, "a whole number in [0, 2**63)"),
+        ("progress", progress, callable(progress), "a function of an Epoch"),
+        ("evaluator", evaluator, evaluator is None or callable(evaluator), "a function of a model"),
+        ("optimize_mode", optimize_mode, optimize_mode in get_args(Direction), "maximize or minimize"),
+        ("patience", patience, patience is None or _is_whole(patience, 1), "a whole number, at least 1"),
+        ("folder", folder, folder is None or isinstance(folder, str | Path), "a path"),
+        ("keep", keep, keep in get_args(Keep), "last or best"),
+    )
+    for name, value, holds, what in told:
+        if not holds:
+            raise ConfigError(f"{name}: is {shown(value)}. Give {what}.")
+    if hooks is not None:
+        check_hooks(hooks)
+    _check_trainable(model)
+    _check_folder(folder, resume)
     generators = training.trainer.generators if isinstance(training.trainer, Loop) else []
     with seeded(seed), _modes_kept(model):
         optimizer, schedule = training.made(model)
@@ -158,13 +185,22 @@ def evaluated(evaluator: Evaluator, model: nn.Module) -> float:
     return score
 
 
-def _check(epochs: int, patience: int | None, mode: str, keep: str, folder: Path | str | None, resume: bool) -> None:
-    for name, value, least in (("epochs", epochs, 0), ("patience", patience, 1)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise ConfigError(f"{name}: is {value!r}. Give a whole number, at least {least}.")
-    for name, word, words in (("optimize_mode", mode, ("maximize", "minimize")), ("keep", keep, ("last", "best"))):
-        if word not in words:
-            raise ConfigError(f"{name}: is {word!r}. Give {' or '.join(words)}.")
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def _check_trainable(model: nn.Module) -> None:
+    """Refuses to train where a backward pass would find nothing."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            f"model: {type(model).__name__} has no parameter that can be trained. Give one that has, or let some "
+            "require gradients with requires_grad_()."
+        )
+    if not torch.is_grad_enabled():
+        raise ConfigError("model: gradients are off, so that it cannot be trained. Train outside of torch.no_grad().")
+
+
+def _check_folder(folder: Path | str | None, resume: bool) -> None:
     if folder is None:
         if resume:
             raise ConfigError("resume: there is no folder to go on from. Give the folder of the run.")

@@ -5,7 +5,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Protocol
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,32 +14,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
 
-from graphprune.errors import ConfigError, TrainingError
+from graphprune.errors import ConfigError, TrainingError, shown
+from graphprune.training.hooks import Hooks
 from graphprune.training.loss import Criterion, Penalty, Regularised, Watched, check_loss, own_loss, regularised
 from graphprune.training.optimizer import Shrunken, follow, follow_schedule
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 MakeSchedule = Callable[[Optimizer], LRScheduler]
-
-
-class Hooks(Protocol):
-    """What takes part in a training loop without being called by name: the four hooks of LPOT's manual."""
-
-    def on_epoch_begin(self, epoch: int) -> object:
-        """Before the first batch of an epoch; epochs are counted from zero."""
-        ...
-
-    def on_batch_begin(self, step: int) -> object:
-        """Before a batch goes through the model; batches are counted from zero in each epoch."""
-        ...
-
-    def on_batch_end(self) -> object:
-        """After the backward pass of a batch, and the step of the optimizer if one follows it."""
-        ...
-
-    def on_epoch_end(self) -> object:
-        """After the last batch of an epoch."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -66,10 +48,13 @@ class Training:
         for name, value in fields:
             if not callable(value) and (name == "trainer" or value is not None):
                 raise ConfigError(f"{name}: is a {type(value).__name__}. Give a function.")
+            if isinstance(value, type) and issubclass(value, nn.Module):
+                raise ConfigError(f"{name}: is the class {value.__name__}. Give an instance, {value.__name__}().")
         _arguments(self.trainer)
-        if not isinstance(self.optimizer, Optimizer) and not callable(self.optimizer):
-            kind = type(self.optimizer).__name__
-            raise ConfigError(f"optimizer: is a {kind}. Give an optimizer, or a function of parameters that makes one.")
+        if not isinstance(self.optimizer, Optimizer):
+            _check_makes("optimizer", self.optimizer, "parameters")
+        if self.schedule is not None and not isinstance(self.schedule, LRScheduler):
+            _check_makes("schedule", self.schedule, "an optimizer")
         if isinstance(self.schedule, LRScheduler) and self.schedule.optimizer is not self.optimizer:
             raise ConfigError(
                 "schedule: belongs to another optimizer. Give a function of the optimizer that makes one."
@@ -103,15 +88,16 @@ class Training:
         if isinstance(data, Iterator) or not isinstance(data, Iterable):
             kind = type(data).__name__
             raise ConfigError(f"data: is a {kind}, which cannot be gone through twice. Give a DataLoader or a list.")
-        if clip is not None and not (0 < clip < math.inf):
-            raise ConfigError(f"clip: is {clip}. Give a positive number.")
+        if clip is not None and not (isinstance(clip, Real) and 0 < clip < math.inf):
+            raise ConfigError(f"clip: is {shown(clip)}. Give a positive number.")
         return cls(Loop(data, loss is None, clip), optimizer or torch.optim.AdamW, loss or own_loss, schedule)
 
     def made(self, model: nn.Module) -> tuple[Optimizer, LRScheduler | None]:
         """Returns the optimizer for ``model`` and its schedule.
 
         Raises:
-            ConfigError: The optimizer holds a parameter that is not the model's, or none at all.
+            ConfigError: The optimizer holds a parameter that is not the model's, or a function makes something else
+                than an optimizer or a schedule.
         """
         optimizer = self.optimizer
         if not isinstance(optimizer, Optimizer):
@@ -128,6 +114,8 @@ class Training:
         schedule = self.schedule
         if schedule is not None and not isinstance(schedule, LRScheduler):
             schedule = schedule(optimizer)
+            if not isinstance(schedule, LRScheduler):
+                raise ConfigError(f"schedule: the function makes a {type(schedule).__name__}. Return a schedule.")
         return optimizer, schedule
 
     def following(self, model: nn.Module, result: Shrunken) -> "Training":
@@ -308,14 +296,46 @@ def _arguments(trainer: Callable[..., Any]) -> tuple[Sequence[str], Sequence[str
     raise ConfigError(f"trainer: takes ({taken}). Let it take ({', '.join(_FORM)}).")
 
 
+def _check_makes(name: str, function: object, what: str) -> None:
+    """Refuses what is no function of parameters or of an optimizer alone.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    if not callable(function):
+        raise ConfigError(f"{name}: is a {type(function).__name__}. Give one, or a function of {what} that makes one.")
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError as error:
+        raise ConfigError(
+            f"{name}: {shown(function)} cannot be called with {what} alone ({error}). Give a function of {what} that "
+            "makes one."
+        ) from error
+    except ValueError:  # a built-in
+        return
+
+
 def _nothing() -> None:
     """What a trainer calls as its callback."""
 
 
+def in_place(model: nn.Module, train: Callable[[nn.Module], Any], name: str = "finetuner") -> None:
+    """Lets a function train a model.
+
+    Raises:
+        TrainingError: It returns another model, of which nobody would know.
+    """
+    _refuse_another(model, train(model), name)
+
+
+def _refuse_another(model: nn.Module, returned: Any, name: str) -> None:
+    if isinstance(returned, nn.Module) and returned is not model:
+        raise TrainingError(f"{name}: returns another model than it was given. Train that one in place.")
+
+
 def _check_same(model: nn.Module, before: Mapping[str, nn.Parameter], returned: Any) -> None:
     """Refuses a trainer that leaves another model than it got."""
-    if isinstance(returned, nn.Module) and returned is not model:
-        raise TrainingError("trainer: returns another model than it was given. Train that one in place.")
+    _refuse_another(model, returned, "trainer")
     after = dict(model.named_parameters())
     for name in {**before, **after}:
         if before.get(name) is not after.get(name):

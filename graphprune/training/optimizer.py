@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler
 from torch.utils import _pytree as pytree
 
-from graphprune.errors import ConfigError
+from graphprune.errors import ConfigError, shown
 from speedup.cut import ShrunkGraph
 from speedup.plan import ShrinkPlan
 
@@ -21,11 +21,11 @@ SchedulerT = TypeVar("SchedulerT", bound=LRScheduler)
 
 
 class Shrunken(Protocol):
-    """A model that was shrunk, such as :class:`graphprune.Result`."""
+    """A model that was shrunk, such as :class:`graphprune.Result`, or what has shrunk one by masks."""
 
     @property
-    def model(self) -> nn.Module:
-        """The shrunk model."""
+    def model(self) -> nn.Module | None:
+        """The shrunk model; None while there is none."""
         ...
 
     @property
@@ -66,17 +66,20 @@ def follow(optimizer: OptimizerT, model: nn.Module, result: Shrunken) -> Optimiz
     Args:
         optimizer: The optimizer of ``model``, of any class that keeps its state per parameter.
         model: The dense model.
-        result: The shrunk one and its plan; ``Moved(copy)`` for a copy of the same shape.
+        result: The shrunk one and its plan: a result of :func:`graphprune.compress`, a :class:`speedup.ModelSpeedup`
+            after ``speedup_model()``, or ``Moved(copy)`` for a copy of the same shape.
 
     Raises:
         ConfigError: The optimizer holds a parameter that ``model`` does not have, remembers something of a parameter
-            that cannot be cut with certainty, or wraps another optimizer; or ``result`` is that of another model.
+            that cannot be cut with certainty, or wraps another optimizer; or ``result`` is that of another model, or
+            none.
     """
     kind = type(optimizer).__name__
     _check_followable(optimizer, kind)
+    small = _shrunk(model, result)
     memo: dict[int, Any] = {}
     state: defaultdict[Any, Any] = defaultdict(dict)
-    places = _Places.of(model, result)
+    places = _Places.of(model, small, result.plan)
     gone = set()
     for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
         place = places.find(parameter, kind)
@@ -111,6 +114,8 @@ def follow_schedule(schedule: SchedulerT, optimizer: Optimizer, followed: Optimi
     Raises:
         ConfigError: It is the schedule of another optimizer.
     """
+    if not isinstance(schedule, LRScheduler):
+        raise ConfigError(f"schedule: is {shown(schedule)}. Give the schedule of the optimizer.")
     if schedule.optimizer is not optimizer:
         raise ConfigError(
             f"{type(schedule).__name__}: belongs to another optimizer. Give the one that it was made with."
@@ -120,7 +125,9 @@ def follow_schedule(schedule: SchedulerT, optimizer: Optimizer, followed: Optimi
 
 def _check_followable(optimizer: Optimizer, kind: str) -> None:
     """Refuses optimizers that keep what they know elsewhere than in their groups and their state."""
-    own = vars(optimizer)
+    own = getattr(optimizer, "__dict__", None)
+    if own is None or not hasattr(optimizer, "step"):
+        raise ConfigError(f"optimizer: is {shown(optimizer)}. Give the optimizer of the model.")
     if "state" not in own or "param_groups" not in own:
         raise ConfigError(f"{kind}: is a wrapper around another optimizer. Give the one inside.")
     if "step" in own and not hasattr(optimizer.step, "_wrapped_by_lr_sched"):
@@ -135,6 +142,25 @@ def _check_followable(optimizer: Optimizer, kind: str) -> None:
                 raise ConfigError(f"{kind}: holds another optimizer as {name}. Give the one inside.")
             if isinstance(leaf, Tensor) and id(leaf) not in held and leaf.numel() != 1:
                 raise ConfigError(f"{kind}: holds a tensor as {name}, outside its state. Make a new optimizer.")
+
+
+def _shrunk(model: object, result: Any) -> nn.Module:
+    """Returns the shrunk model of a result.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model: is {shown(model)}. Give the dense model.")
+    small, plan = getattr(result, "model", None), getattr(result, "plan", None)
+    if not isinstance(plan, ShrinkPlan):
+        raise ConfigError(
+            f"result: is {shown(result)}, which does not say what is left. Give what compress() returned, or a "
+            "ModelSpeedup."
+        )
+    if not isinstance(small, nn.Module):
+        raise ConfigError(f"result: {type(result).__name__} has no smaller model yet. Call its speedup_model() first.")
+    return small
 
 
 @dataclass(frozen=True)
@@ -154,12 +180,12 @@ class _Places:
     graph: bool
 
     @classmethod
-    def of(cls, model: nn.Module, result: Shrunken) -> "_Places":
+    def of(cls, model: nn.Module, small: nn.Module, plan: ShrinkPlan) -> "_Places":
         names: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
-        new = dict(result.model.named_parameters(remove_duplicate=False))
-        return cls(names, new, result.plan, isinstance(result.model, ShrunkGraph))
+        new = dict(small.named_parameters(remove_duplicate=False))
+        return cls(names, new, plan, isinstance(small, ShrunkGraph))
 
     def find(self, parameter: nn.Parameter, kind: str) -> tuple[str, nn.Parameter] | None:
         """The name that the plan has for a parameter, and what became of it; None if a graph does without it."""

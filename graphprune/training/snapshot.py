@@ -100,7 +100,7 @@ def load_snapshot(
     """Puts everything back as it was, in all arguments and the random numbers of the process, and returns the facts.
 
     Raises:
-        ModelError: The snapshot is that of another model, optimizer or schedule, or cannot be read.
+        ModelError: The snapshot is that of another model, optimizer, schedule or loader, or cannot be read.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
@@ -116,6 +116,10 @@ def load_snapshot(
         raise ModelError(
             f"{path}: is no snapshot of a training run ({error!r}). Begin again in another folder."
         ) from error
+    if (count := len(numbers["generators"])) != len(generators):
+        raise ModelError(
+            f"{path}: was written with {count} generators of a loader, not {len(generators)}. Use the same loader."
+        )
     load_weights(model, path / WEIGHTS)
     with torch.no_grad():
         for name, buffer in _unsaved_buffers(model):
