@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from graphprune.criteria import CRITERIA
-from graphprune.errors import ConfigError
+from graphprune.errors import ConfigError, shown
 from graphprune.kinds import KINDS, Kind
 
 S = TypeVar("S", bound="Said")
@@ -33,12 +33,11 @@ class Said(BaseModel):
             if not first["loc"]:  # about several values
                 raise ConfigError(f"{first['ctx']['error']}.") from error
             name = str(first["loc"][0])
+            fact = fact_of(first)
             if first["type"] == "extra_forbidden":
                 known = list(cls.model_fields)
-                raise ConfigError(
-                    f"{name}: is no option{closest(name, known)}. Use some of {', '.join(known)}."
-                ) from error
-            raise ConfigError(f"{name} {values.get(name)!r:.60}: {fact_of(first)}.") from error
+                fact = f"is no option{closest(name, known)}. Use some of {', '.join(known)}"
+            raise ConfigError(f"{name} {shown(values.get(name))}: {fact}.") from error
 
 
 _FACTS: Mapping[str, str] = {
