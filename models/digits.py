@@ -71,7 +71,8 @@ def training() -> Training:
 @torch.no_grad()
 def evaluate(model: nn.Module) -> float:
     """Accuracy in percent on the 360 test images; the model's mode is given back."""
-    _, _, images, labels = load_split()
+    device = next(model.parameters()).device
+    images, labels = (part.to(device) for part in load_split()[2:])
     training = model.training
     model.eval()
     correct = (model(images).argmax(1) == labels).sum().item()
