@@ -250,7 +250,7 @@ HALF = {"op_types": ["Conv2d"], "sparsity": 0.5}
             "Give all of them the same number",
         ),
         (LotteryTicketPruner, [{**HALF, "prune_iterations": 0}], {}, "prune_iterations 0 is below 1"),
-        (LotteryTicketPruner, [{**HALF, "prune_iterations": 2}], {"optimizer": 3}, "optimizer: is a int"),
+        (LotteryTicketPruner, [{**HALF, "prune_iterations": 2}], {"optimizer": 3}, "optimizer 3: is no optimizer"),
     ],
 )
 def test_wrong_configurations(make: Any, entries: list[dict[str, Any]], options: dict[str, Any], fact: str) -> None:
@@ -299,7 +299,7 @@ def test_agp_takes_an_optimizer_in_either_form(words: tuple[Any, ...]) -> None:
 
 @pytest.mark.parametrize("make", [AGPPruner, LotteryTicketPruner])
 def test_what_is_no_optimizer_is_refused(make: Any) -> None:
-    with pytest.raises(ConfigError, match="^optimizer: is a int. Give an optimizer, or a function"):
+    with pytest.raises(ConfigError, match="^optimizer 5: is no optimizer. Give one, or a function"):
         make(net(), [{**HALF, "prune_iterations": 2, "end_epoch": 2}], 5)
     with pytest.raises(ConfigError, match="pruning_algorithm is given twice"):
         make(net(), [HALF], "l1", 2, pruning_algorithm="l2")

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import torch
 from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import nn
+from torch.optim import Optimizer
 
 from graphprune.config import closest
 from graphprune.errors import ConfigError, shown
@@ -31,6 +32,13 @@ def asking(holds: Callable[[Any], bool], what: str) -> AfterValidator:
 Count = Annotated[int, asking(lambda count: count >= 1, "is below 1. Use 1 or more")]
 NotNegative = Annotated[float, asking(lambda number: 0 <= number < math.inf, "is negative or no number. Use 0 or more")]
 Positive = Annotated[float, asking(lambda number: 0 < number < math.inf, "is no positive number. Use one above 0")]
+Optimising = Annotated[
+    Any,
+    asking(
+        lambda one: one is None or isinstance(one, Optimizer) or callable(one),
+        "is no optimizer. Give one, or a function of parameters that makes one",
+    ),
+]
 Function = Annotated[Any, asking(callable, "is no function. Give a function of a model")]
 
 
@@ -113,7 +121,7 @@ class Options(Checked):
     of_what = "a pruner"
 
     trainer: Any = None
-    optimizer: Any = Field(None, validation_alias=AliasChoices("optimizer", "traced_optimizer"))
+    optimizer: Optimising = Field(None, validation_alias=AliasChoices("optimizer", "traced_optimizer"))
     criterion: Any = None
     training_batches: Count = Field(20, validation_alias=AliasChoices("training_batches", "statistics_batch_num"))
     training_epochs: Count | None = Field(None, validation_alias=AliasChoices("training_epochs", "epochs"))

@@ -65,17 +65,11 @@ class ScheduledPruner:
             ConfigError: What is asked makes no sense for this model.
         """
         values = {**options, **(pruning_params or {})}
-        if "traced_optimizer" in values:
-            values["optimizer"] = values.pop("traced_optimizer")
         if dummy_input is not None:
             values.setdefault("dummy_input", dummy_input)
         for what, value in (("finetuner", finetuner), ("evaluator", evaluator)):
             if value is not None and not callable(value):
                 raise ConfigError(f"{what}: is a {type(value).__name__}. Give a function of a model.")
-        optimizer = values.get("optimizer")
-        if optimizer is not None and not isinstance(optimizer, Optimizer) and not callable(optimizer):
-            kind = type(optimizer).__name__
-            raise ConfigError(f"optimizer: is a {kind}. Give an optimizer, or a function of parameters that makes one.")
         if total_iteration is not None and (not isinstance(total_iteration, int) or total_iteration < 1):
             raise ConfigError(f"total_iteration {total_iteration!r}: is no number of rounds. Use 1 or more.")
         if speedup and dummy_input is None:
