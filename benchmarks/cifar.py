@@ -113,7 +113,7 @@ def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
         "*Parameters*: those that are not masked; where single weights go, the network keeps its shape, and its "
         "multiply-accumulates. Where layers are ranked together, half of all scales, or of all weights by the channels that "
         "produce them, go. Searches look for half of the weights by the channels that produce them, netadapt and amc of the multiply-accumulates; "
-        f"they choose by the accuracy on {SCORED} training images. *Seconds*: all but the evaluations, on a machine that did other work beside. One seed; an accuracy of 90 % on 10,000 images has a standard error of 0.3.",
+        f"they choose by the accuracy on {SCORED} training images. *Seconds*: all but the evaluations. One seed; an accuracy of 90 % on 10,000 images has a standard error of 0.3.",
         "",
         *([f"Without a result so far: {', '.join(missing)}.", ""] if missing else []),
         *page.table(HEAD, KEYS, {name: rows[name] for name in RUNS if name in rows}),
@@ -154,26 +154,16 @@ def main() -> None:
 
     given = arguments()
     if given.row:
-        print(json.dumps(row(given.row, given)))
+        print(json.dumps({given.row: row(given.row, given)}))
         return
     check(given.data)
-    rows = page.read(given.out, HEAD, KEYS) if given.out and given.out.is_file() else {}
     passed = [
         f"--{name}={getattr(given, name)}" for name in ("data", "epochs", "learning", "images", "seed", "threads")
     ]
-    failed = []
     words = [*passed, *(["--float32"] if given.float32 else [])]
     runs = {name: [*words, f"--row={name}"] for name in given.only or RUNS}
-    for name, found in own_process.side_by_side(__file__, runs, given.seconds, given.jobs):
-        print(name, found, flush=True)
-        if isinstance(found, str):
-            failed.append(name)
-            continue
-        rows[name] = found
-        if given.out:
-            page.write(given.out, markdown(rows))
-    if failed:
-        raise SystemExit(f"{', '.join(failed)}: without a result; what the page said of them before stays.")
+    found = own_process.side_by_side(__file__, runs, given.seconds, given.jobs)
+    page.fill(given.out, HEAD, KEYS, markdown, found)
 
 
 if __name__ == "__main__":

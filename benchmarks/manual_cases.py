@@ -366,21 +366,11 @@ def main() -> None:
     if given.case:
         print(json.dumps(rows_of(given.case, given)))
         return
-    rows = page.read(given.out, HEAD, KEYS) if given.out and given.out.is_file() else {}
     names = ("data", "device", "epochs", "learning", "again", "episodes", "images", "seed", "threads")
     words = [f"--{name}={getattr(given, name)}" for name in names]
-    failed = []
     runs = {name: [*words, f"--case={name}"] for name in given.only or CASES}
-    for name, found in own_process.side_by_side(__file__, runs, given.seconds, given.jobs):
-        print(name, found, flush=True)
-        if isinstance(found, str):
-            failed.append(name)
-            continue
-        rows = {old: row for old, row in rows.items() if old.partition(" ")[0] != name} | found
-        if given.out:
-            page.write(given.out, markdown(rows))
-    if failed:
-        raise SystemExit(f"{', '.join(failed)}: without a result; what the page said of them before stays.")
+    found = own_process.side_by_side(__file__, runs, given.seconds, given.jobs)
+    page.fill(given.out, HEAD, KEYS, markdown, found)
 
 
 if __name__ == "__main__":
