@@ -320,6 +320,7 @@ def put_back(model: nn.Module, optimizer: object = None) -> Iterator[None]:
     So does an optimizer, if that is what is given, with what it remembers.
     """
     remembered = copy.deepcopy(optimizer.state_dict()) if isinstance(optimizer, Optimizer) else None
+    buffers = {module: dict(module._buffers) for module in model.modules()}
     tensors = [*model.parameters(), *model.buffers()]
     held = [tensor.detach().clone() for tensor in tensors]
     gradients = [tensor.grad for tensor in tensors]
@@ -335,5 +336,7 @@ def put_back(model: nn.Module, optimizer: object = None) -> Iterator[None]:
                 tensor.grad = gradient
         for module, mode in modes.items():
             module.training = mode
+            module._buffers.clear()  # a forward may have put other tensors there
+            module._buffers.update(buffers[module])
         if isinstance(optimizer, Optimizer) and remembered is not None:
             optimizer.load_state_dict(remembered)

@@ -35,10 +35,11 @@ def attach_masks(model: nn.Module, masks: Masks) -> None:
     and the next forward.
 
     ``module.weight`` of a masked module is the product, a new tensor at each access: what is written into it is lost,
-    and it has no ``grad``. The parameter itself is what ``named_parameters()`` gives. Where code of the model reads
-    ``parameters()`` while it runs, it reads them without masks. ``type(module)`` is a class derived from the module's
-    own; ``isinstance`` and its name tell no difference. Weight normalisation divides by the norm of a channel's slice
-    of ``original1``: of a channel that goes whole, mask ``original0``.
+    and it has no ``grad``. The parameter itself is what ``named_parameters()`` gives; ``get_parameter()`` refuses the
+    product. An average of weights, or what else goes through buffers by their order, is to be made afterwards. Where
+    code of the model reads ``parameters()`` while it runs, it reads them without masks. ``type(module)`` is a class
+    derived from the module's own; ``isinstance`` and its name tell no difference. Weight normalisation divides by the
+    norm of a channel's slice of ``original1``: of a channel that goes whole, mask ``original0``.
 
     ``state_dict()`` holds every parameter under its name, as the optimizer knows it, and each mask beside it, as
     ``mask_of_weight`` beside ``weight``. Loaded into a model with masks on the same parameters, it brings the masks; a
@@ -52,8 +53,8 @@ def attach_masks(model: nn.Module, masks: Masks) -> None:
             are multiplied as they are. They are copied, to the type and device of the parameter.
 
     Raises:
-        PlanError: A mask names no parameter of the model, has another shape or holds nan; two masks of one parameter
-            differ; or a mask would not reach everything that uses the parameter. Nothing is attached then.
+        PlanError: A mask names no parameter of the model, has another shape or holds nan or inf; two masks of one
+            parameter differ; or a mask would not reach everything that uses the parameter. Nothing is attached then.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     given: dict[int, tuple[str, Tensor]] = {}
@@ -196,9 +197,11 @@ def _fitting(name: str, parameter: nn.Parameter, mask: Tensor) -> Tensor:
     if mask.shape != parameter.shape:
         shapes = f"has shape {tuple(mask.shape)}, the parameter {tuple(parameter.shape)}"
         raise PlanError(f"{name}: the mask {shapes}. Give masks of its shape.")
-    if mask.is_floating_point() and bool(mask.isnan().any()):
-        raise PlanError(f"{name}: the mask holds nan. Give zeros where it is masked out, and ones elsewhere.")
-    return mask.detach().to(parameter)
+    fitting = mask.detach().to(parameter)
+    if not bool(fitting.isfinite().all()):
+        what = "nan" if bool(fitting.isnan().any()) else "inf"
+        raise PlanError(f"{name}: the mask holds {what}. Give zeros where it is masked out, and ones elsewhere.")
+    return fitting
 
 
 def _check_reach(model: nn.Module, masked: Mapping[int, str]) -> None:

@@ -16,7 +16,7 @@ from speedup.errors import PlanError
 from speedup.folding import find_leftovers
 from speedup.inputs import ExampleInputs
 from speedup.labels import Index, Mask, support
-from speedup.masking import flat_masks, without_masks
+from speedup.masking import attached_masks, flat_masks, without_masks
 from speedup.numeric import relative_difference
 from speedup.plan import ShrinkPlan
 from speedup.planning import make_plan
@@ -75,8 +75,12 @@ class ModelSpeedup:
             CaptureError: ``torch.export`` cannot capture the model.
         """
         self._analysis = analyse(capture(without_masks(model), example_inputs))
-        self._values = dict(flat_masks(masks))
+        self._values = self._one_of_each(masks)
         self._masks = {name: self._checked(name, mask) for name, mask in self._values.items()}
+        attached = attached_masks(model)
+        for name, mask in self._values.items():
+            if name in attached and torch.equal(attached[name], mask.to(attached[name])):
+                self._values[name] = torch.ones_like(mask)  # the model is multiplied by it
         self._live = reconcile(self._analysis, _produced(self._analysis, self._masks))
         self.reconciled = self._count_reconciled()
         self.plan = make_plan(self._analysis, self._live)
@@ -117,6 +121,16 @@ class ModelSpeedup:
         """Returns what is left of tensors of the original, by their names in its state dict: averages, first values."""
         aliases = self._analysis.aliases
         return {name: self.plan.cut(aliases.get(name, name), tensor) for name, tensor in state.items()}
+
+    def _one_of_each(self, masks: Mapping[str, Tensor | Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The mask of each parameter under the first name that it comes with."""
+        first: dict[str, str] = {}
+        found: dict[str, Tensor] = {}
+        for name, mask in flat_masks(masks):
+            known = first.setdefault(self._analysis.aliases.get(name, name), name)
+            if found.setdefault(known, mask) is not mask and not torch.equal(found[known], mask.to(found[known])):
+                raise PlanError(f"{name}: is the same parameter as {known}, and their masks differ. Give one mask.")
+        return found
 
     def _checked(self, name: str, mask: Tensor) -> Mask:
         canonical = self._analysis.aliases.get(name)

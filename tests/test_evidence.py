@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from test_criteria import along, array
 from test_rules import Net, conv, image
-from torch import nn
+from torch import Tensor, nn
 
 import graphprune
 from graphprune.criteria import CRITERIA
 from graphprune.errors import ConfigError
-from graphprune.evidence import Evidence, Observer, gather
+from graphprune.evidence import Evidence, Observer, gather, put_back
 from speedup.analysis import Analysis, analyse
 from speedup.capture import capture
 from speedup.masking import attach_masks
@@ -217,3 +217,22 @@ def test_compress_by_what_is_seen_on_data(criterion: str) -> None:
 
 def test_evidence_of_nothing_has_a_seed_only() -> None:
     assert Evidence() == Evidence(0, None, None, None)
+
+
+def test_a_buffer_that_forward_puts_in_place_of_another_is_put_back() -> None:
+    class Average(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.mean = 0.9 * self.mean + x.mean(0)
+            self.register_buffer("seen", torch.ones(1))
+            return x - self.mean
+
+    model = Average()
+    mean = model.mean
+    with put_back(model):
+        model(torch.ones(2, 3))
+        assert model.mean is not mean
+    assert model.mean is mean and not mean.any() and list(model.state_dict()) == ["mean"]

@@ -12,10 +12,10 @@ from test_rules import conv, image
 from torch import Tensor, nn
 
 from graphprune.errors import ConfigError, TrainingError
-from graphprune.pruners import ADMMPruner, MovementPruner, SlimPruner
+from graphprune.pruners import ADMMPruner, MovementPruner, SlimPruner, learned
 from graphprune.pruners.learned import Movement, Weights, admm, movement, slim
 from graphprune.training import Training
-from speedup.masking import attach_masks, attached_masks
+from speedup.masking import attach_masks, attached_masks, detach_masks
 
 pytestmark = pytest.mark.usefixtures("quiet_and_quick")
 
@@ -272,6 +272,7 @@ def test_soft_movement_leaves_something_of_every_weight(threshold: float) -> Non
     options = {"score_threshold": threshold, "regular_scale": 1000.0}
     _, masks = MovementPruner(model, [{"op_types": ["Linear"]}], step, sgd, F.mse_loss, 3, **options).compress()
     assert [int(masks[name]["weight"].sum()) for name in "01"] == [2, 1]  # of 240 and 160
+    detach_masks(model)
     kept = Movement(model, {"0.weight": model[0].weight}, lambda s, _: s, begin=0, end=1, threshold=threshold)
     kept.scores["0.weight"].data[3, 2] = 0.1
     kept.scores["0.weight"].data[5, 1] = 0.2 if threshold > 0.6 else -1.0
@@ -383,3 +384,65 @@ def test_a_trainer_that_never_calls_the_model_shows_no_inputs() -> None:
     options = {"iterations": 1, "training_epochs": 1, "granularity": "coarse-grained"}
     with pytest.raises(ConfigError, match="trainer: does not call the model before the criterion"):
         ADMMPruner(model, [{"op_names": ["0"], "sparsity": 0.5}], past_it, sgd, F.mse_loss, **options).compress()
+
+
+class Head(nn.Module):
+    """The weight of an embedding is that of the last layer too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.into, self.out = nn.Embedding(7, 5), nn.Linear(5, 7, bias=False)
+        self.out.weight = self.into.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.out(self.into(tokens))
+
+
+def test_movement_of_a_tied_weight_is_that_of_all_its_uses() -> None:
+    model, tokens = Head(), torch.arange(7)
+    weight = model.into.weight.detach().clone().requires_grad_()
+    loss = F.cross_entropy(weight[tokens] @ weight.T, (tokens + 1) % 7)
+    expected = torch.autograd.grad(loss, weight)[0] * weight
+
+    def epoch(model: nn.Module, optimizer: torch.optim.Optimizer, criterion: Any) -> None:
+        optimizer.zero_grad()
+        criterion(model(tokens), (tokens + 1) % 7).backward()
+        optimizer.step()
+
+    weights = {"out.weight": model.out.weight}
+    scores = Movement(
+        model, weights, lambda values, share: {n: torch.ones_like(v) for n, v in values.items()}, begin=0, end=1
+    )
+    seen = []
+    scores._optimizer.register_step_pre_hook(lambda *_: seen.append(scores.scores["out.weight"].grad.clone()))
+    movement(model, Training(epoch, sgd, F.cross_entropy), scores, epochs=1)
+    torch.testing.assert_close(seen, [expected.detach()])
+
+
+@pytest.mark.parametrize("make", [MovementPruner, ADMMPruner])
+def test_what_was_masked_before_stays_so_while_it_learns(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where what is hidden beneath is large."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4, bias=False)).double()
+    with torch.no_grad():
+        model[0].weight[:2] *= 100
+    mask = torch.ones(4, 6)
+    mask[:2] = 0
+    attach_masks(model, {"0.weight": mask})
+    seen, projected = [], []
+    project = learned._projected
+    monkeypatch.setattr(learned, "_projected", lambda *args: projected.append(project(*args)) or projected[-1])
+
+    def watched(model: nn.Module, optimizer: torch.optim.Optimizer, criterion: Any, epoch: int) -> None:
+        seen.append(int((model[0].weight == 0).sum()))
+        step(model, optimizer, criterion, epoch)
+
+    options = (
+        {"iterations": 2, "training_epochs": 2} if make is ADMMPruner else {"training_epochs": 5, "warm_up_step": 2}
+    )
+    options |= {} if make is ADMMPruner else {"cool_down_beginning_step": 4}
+    make(model, [{"op_types": ["default"], "sparsity": 0.75}], watched, sgd, F.mse_loss, **options).compress()
+    assert min(seen) == 12 and int((model[0].weight == 0).sum()) == 18
+    assert all(not found["0.weight"][:2].any() and int((found["0.weight"] != 0).sum()) == 6 for found in projected)
+    assert bool(projected) == (make is ADMMPruner)

@@ -359,6 +359,7 @@ WRONG: dict[str, tuple[Any, Any, str]] = {
     "shape": (nn.Linear(2, 2), {"weight": torch.ones(2)}, r"has shape \(2,\), the parameter \(2, 2\)"),
     "kind": (nn.Linear(2, 2), {"weight": [1]}, "the mask is of type list"),
     "nan": (nn.Linear(2, 2), {"weight": SQUARE * math.nan}, "holds nan"),
+    "inf": (nn.Linear(2, 2).half(), {"weight": SQUARE * 70000}, "holds inf"),
     "masks": (nn.Linear(2, 2), [SQUARE], "masks: are of type list"),
     "lazy": (nn.LazyLinear(2), {"weight": SQUARE}, "has no shape yet"),
     "parametrised": (

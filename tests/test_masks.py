@@ -160,3 +160,24 @@ def test_masks_that_are_no_tensors_are_refused(wrap) -> None:
     for use in (lambda masks: ModelSpeedup(model, torch.randn(2, 4), masks), lambda masks: attach_masks(model, masks)):
         with pytest.raises(SpeedupError, match="^0.weight: the mask is of type ndarray. Give a tensor"):
             use(wrap(np.ones((4, 4))))
+
+
+@pytest.mark.parametrize("value", [1.0, 0.5])
+def test_one_mask_under_two_names_acts_once(value: float) -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    mask = torch.full((4, 4), value)
+    mask[0, 0] = 0
+    masks, x = {"0.weight": mask, "1.weight": mask.clone()}, torch.randn(2, 4)
+    small = ModelSpeedup(model, x, masks).speedup_model()
+    attach_masks(model, masks)
+    torch.testing.assert_close(small(x), model(x))
+    again = ModelSpeedup(model, x, masks).speedup_model()  # as pruners return them: they are attached
+    torch.testing.assert_close(again(x), model(x))
+
+
+def test_masks_of_one_parameter_that_differ() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    with pytest.raises(SpeedupError, match=r"^1.weight: is the same parameter as 0.weight, and their masks differ\."):
+        ModelSpeedup(model, torch.randn(2, 4), {"0.weight": torch.eye(4), "1.weight": 1 - torch.eye(4)})

@@ -581,6 +581,26 @@ def test_a_tied_weight_loses_the_least_that_is_asked(entry: dict[str, Any], gone
     assert zeros(model.out.weight) == zeros(model.into.weight) == gone
 
 
+@pytest.mark.parametrize(
+    ("entry", "gone"),
+    [({"exclude": True}, 0), ({"sparsity": 0.25}, 8), ({"sparsity": 0.9}, 16), ({"sparsity": 0.5}, 16)],
+)
+def test_channels_of_a_tied_weight_by_themselves(entry: dict[str, Any], gone: int) -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    model[4].weight = model[0].weight
+    pruners.L1NormPruner(model, [{"op_names": ["0"], "sparsity": 0.5}, {"op_names": ["4"], **entry}]).compress()
+    assert zeros(model[0].weight) == zeros(model[4].weight) == gone
+    assert all(bool((model[4].weight[model[4].bias == 0] == 0).all()) for _ in attached_masks(model))
+
+
+def test_channels_of_a_weight_that_is_tied_the_other_way_round() -> None:
+    """Columns of an embedding are its channels, and rows are those of the linear layer: one of them decides."""
+    model = Tied()
+    _, masks = pruners.L1NormPruner(model, [{"op_types": ["Embedding", "Linear"], "sparsity": 0.5}]).compress()
+    assert zeros(model.into.weight) == zeros(model.out.weight) == model.out.weight.numel() // 2
+    assert set(masks) == {"into"}
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_a_weight_normalised_by_a_hook_loses_what_is_asked() -> None:
     model = nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 8)))

@@ -14,7 +14,7 @@ from graphprune.evidence import at_first_call
 from graphprune.training import Training
 from graphprune.training.fit import Epoch, fit
 from graphprune.training.loss import proximity, shrinkage
-from speedup.masked_class import PREFIX
+from speedup.masked_class import PREFIX, Masked
 from speedup.masking import attach_masks, attached_masks, detach_masks
 
 Weights = Mapping[str, Tensor]
@@ -53,7 +53,7 @@ def admm(
     """Trains towards weights that are sparse (Zhang et al., A Systematic DNN Weight Pruning Framework, 2018).
 
     In turns, beginning with ``Z = W`` projected and ``U = 0``: train with ``rho / 2 * sum norm2(W - Z + U)^2`` on top
-    of the loss; then ``Z = projection(W + U)`` and ``U += W - Z``.
+    of the loss; then ``Z = projection(W + U)`` and ``U += W - Z``. Of a model with masks ``W`` is multiplied by them.
 
     Args:
         model: The model, which is changed.
@@ -71,15 +71,19 @@ def admm(
     """
     sparse: dict[str, Tensor] = {}
     dual = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    masks = attached_masks(model)
+
+    def masked() -> Weights:
+        return {name: weight * masks[name] if name in masks else weight for name, weight in weights.items()}
 
     def begin(*_: object) -> None:
-        sparse.update(_projected(weights, project))
+        sparse.update(_projected(masked(), project))
 
     def after(epoch: Epoch) -> None:
         if (epoch.epoch + 1) % epochs == 0:
             with torch.no_grad():
-                sparse.update(_projected({name: weight + dual[name] for name, weight in weights.items()}, project))
-                for name, weight in weights.items():
+                sparse.update(_projected({name: weight + dual[name] for name, weight in masked().items()}, project))
+                for name, weight in masked().items():
                     dual[name] += weight - sparse[name]
 
     def pairs() -> list[tuple[Tensor, Tensor]]:
@@ -87,7 +91,7 @@ def admm(
             raise ConfigError(
                 "trainer: does not call the model before the criterion, so that no inputs are known. Give dummy_input."
             )
-        return [(weight, sparse[name] - dual[name]) for name, weight in weights.items()]
+        return [(weight, sparse[name] - dual[name]) for name, weight in masked().items()]
 
     if not waits:
         begin()
@@ -112,7 +116,8 @@ class Movement:
     """Scores that are learned with the weights (Sanh et al., Movement Pruning, 2020).
 
     A masked weight is ``W * M(S)``; the gradient of the loss passes straight through ``M``, so that the scores receive
-    ``dL/dS = dL/d(W M) * W``, of masked elements too. They are updated with every step of the model's optimizer. Hard:
+    ``dL/dS = dL/d(W M) * W``, of masked elements too, summed over all layers that share a weight. What the model's own
+    masks had out before stays out. Scores are updated with every step of the model's optimizer. Hard:
     ``M`` keeps the highest scores, of which the share that goes grows cubically from nothing to what is wanted. Soft:
     ``M = sigmoid(S) > threshold``, and ``penalty * mean(sigmoid(S))`` on top of the loss pulls the scores down; as in
     the authors' code, where that leaves less than 0.5 % of a weight its highest scores stay. Scores begin at zero, so
@@ -151,6 +156,7 @@ class Movement:
         self._begin, self._end, self._threshold, self._penalty = begin, end, threshold, penalty
         self.scores = {name: nn.Parameter(torch.zeros_like(weight)) for name, weight in weights.items()}
         self.steps = 0
+        self._before = {name: mask for name, mask in attached_masks(model).items() if name in weights}
         self._optimizer = torch.optim.Adam(self.scores.values(), lr=learning_rate)
 
     @contextmanager
@@ -170,9 +176,13 @@ class Movement:
     def masks(self) -> dict[str, Tensor]:
         """The masks of the scores as they are, by qualified name of the weight."""
         scores = {name: score.detach() for name, score in self.scores.items()}
+        for name, before in self._before.items():
+            scores[name] = scores[name].masked_fill(before == 0, float(scores[name].min()) - 1)  # these go first
         if self._threshold is None:
-            return dict(self._keep(scores, self._progress()))
-        return {name: _above(score, self._threshold) for name, score in scores.items()}
+            found = dict(self._keep(scores, self._progress()))
+        else:
+            found = {name: _above(score, self._threshold) for name, score in scores.items()}
+        return {name: mask * self._before[name] if name in self._before else mask for name, mask in found.items()}
 
     def _progress(self) -> float:
         """``1 - (1 - (t - begin) / (end - begin))^3`` (equation 3 of the paper)."""
@@ -180,23 +190,34 @@ class Movement:
         return 1 - (1 - passed) ** 3
 
     def _listen(self) -> None:
-        for mask in self._attached().values():
-            mask.requires_grad_()  # its gradient is that of the product times the weight
+        for places in self._attached().values():
+            for mask in places:
+                mask.requires_grad_()  # its gradient is that of the product times the weight
 
-    def _attached(self) -> dict[str, Tensor]:
-        places = ((name, name.rpartition(".")) for name in self._weights)
-        return {name: self._model.get_buffer(f"{layer}.{PREFIX}{own}") for name, (layer, _, own) in places}
+    def _attached(self) -> dict[str, list[Tensor]]:
+        """The masks of each weight, one of each layer that has it."""
+        found: dict[str, list[Tensor]] = {}
+        for name, weight in self._weights.items():
+            holders = (module for module in self._model.modules() if isinstance(module, Masked))
+            found[name] = [
+                module.get_buffer(PREFIX + own)
+                for module in holders
+                for own, parameter in module._parameters.items()
+                if parameter is weight
+            ]
+        return found
 
     def _step(self, *_: Any) -> None:
         self.steps += 1
-        for name, mask in self._attached().items():
-            gradient = torch.zeros_like(mask) if mask.grad is None else mask.grad
+        for name, places in self._attached().items():
             score = self.scores[name]
+            gradient = sum((mask.grad for mask in places if mask.grad is not None), torch.zeros_like(score))
             if self._threshold is not None:
                 chance = score.detach().sigmoid()
                 gradient = gradient + self._penalty * self._progress() * chance * (1 - chance) / chance.numel()
             score.grad = gradient.to(score) if bool(gradient.isfinite().all()) else torch.zeros_like(score)
-            mask.grad = None
+            for mask in places:
+                mask.grad = None
         self._optimizer.step()
         attach_masks(self._model, self.masks())
 

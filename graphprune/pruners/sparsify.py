@@ -49,19 +49,14 @@ def element_masks(
         ConfigError: A weight cannot be divided into such blocks.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    holders: dict[int, list[Setting]] = {}
-    for layer, setting in settings.items():
-        module = model.get_submodule(layer)
-        excluded = [f"{layer}.{name}" for name, _ in module.named_parameters(recurse=False)]
-        for name in excluded if setting.entry.exclude else weight_names(model, layer):
-            holders.setdefault(id(parameters[name]), []).append(setting)
+    least = _least(model, settings)
     masks: dict[str, Tensor] = {}
     for entry, layers in _by_entry(settings):
         weights = {
             name: parameters[name]
             for layer in layers
             for name in weight_names(model, layer)
-            if _least(holders[id(parameters[name])]).asks_like(settings[layer])
+            if least[id(parameters[name])].asks_like(settings[layer])
         }
         masks |= tensor_masks(weights, entry, block=block, scores=scores, gone=gone, together=together)
     return by_layer(masks)
@@ -144,7 +139,8 @@ def masks_of(dependencies: DependencyGraph, selection: Selection) -> Masks:
 def layer_masks(model: nn.Module, settings: Mapping[str, Setting], criterion: str, *, together: bool = False) -> Masks:
     """Returns masks for output channels, each layer by itself: for models of which no example inputs are known.
 
-    Layers that are coupled may lose different channels; :class:`speedup.ModelSpeedup` keeps what any of them keeps.
+    Layers that are coupled may lose different channels; :class:`speedup.ModelSpeedup` keeps what any of them keeps. A
+    weight that several layers share has one mask, of what the first of them produces of which the least is asked.
 
     Args:
         model: The model.
@@ -156,19 +152,29 @@ def layer_masks(model: nn.Module, settings: Mapping[str, Setting], criterion: st
         ConfigError: A layer has no weights that the criterion can look at.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    modules = {layer: model.get_submodule(layer) for layer in settings}
+    least = _least(model, settings)
+    chosen: dict[int, tuple[str, Tensor]] = {}  # by weight, of which layer which channels stay
     masks: Masks = {}
     for entry, layers in _by_entry(settings):
-        modules = {layer: model.get_submodule(layer) for layer in layers}
-        values = {layer: _channel_scores(layer, module, criterion) for layer, module in modules.items()}
-        weights = {layer: parameters[f"{layer}.weight"].numel() / value.numel() for layer, value in values.items()}
+        scores = {layer: _channel_scores(layer, modules[layer], criterion) for layer in layers}
+        shared = {layer: parameters[f"{layer}.weight"] for layer in layers}
+        asked = [layer for layer in layers if least[id(shared[layer])].asks_like(settings[layer])]
+        first = {id(shared[layer]): layer for layer in reversed(asked) if id(shared[layer]) not in chosen}
+        values = {layer: scores[layer] for layer in asked if layer in first.values()}
+        weights = {layer: shared[layer].numel() / value.numel() for layer, value in values.items()}
         relative = not CRITERIA[criterion].absolute
         for layer, count in _counts(values, weights, entry, together=together, relative=relative).items():
             channels = _without_lowest(values[layer], count, _parts(modules[layer], values[layer].numel()))
-            masks[layer] = {
-                name: _spread(channels, modules[layer], parameter)
-                for name, parameter in modules[layer].named_parameters(recurse=False)
-                if parameter.dim() > 1 or parameter.shape == channels.shape
-            }
+            chosen[id(shared[layer])] = layer, channels
+        for layer in asked:
+            source, channels = chosen[id(shared[layer])]
+            if outputs_along(modules[layer]) == outputs_along(modules[source]):
+                masks[layer] = {
+                    name: _spread(channels, modules[layer], parameter)
+                    for name, parameter in modules[layer].named_parameters(recurse=False)
+                    if parameter.dim() > 1 or parameter.shape == channels.shape
+                }
     return masks
 
 
@@ -196,9 +202,18 @@ def _by_entry(settings: Mapping[str, Setting]) -> Iterator[tuple[Entry, list[str
         yield settings[layers[0]].entry, layers
 
 
-def _least(settings: Sequence[Setting]) -> Setting:
-    """What is asked of a weight that several layers share: the least that any of them is asked for."""
-    return min(settings, key=lambda one: 0.0 if one.entry.exclude else one.entry.share or 0.0)
+def _least(model: nn.Module, settings: Mapping[str, Setting]) -> dict[int, Setting]:
+    """What is asked of each weight, by its identity: the least that any layer which has it is asked for."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    asked: dict[int, list[Setting]] = {}
+    for layer, setting in settings.items():
+        own = [f"{layer}.{name}" for name, _ in model.get_submodule(layer).named_parameters(recurse=False)]
+        for name in own if setting.entry.exclude else weight_names(model, layer):
+            asked.setdefault(id(parameters[name]), []).append(setting)
+    return {
+        weight: min(holders, key=lambda one: 0.0 if one.entry.exclude else one.entry.share or 0.0)
+        for weight, holders in asked.items()
+    }
 
 
 def _counts(

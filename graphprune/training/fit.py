@@ -54,7 +54,7 @@ class Fit:
         epochs: All epochs, those before a resumption included.
         best: The number of the first epoch with the best score, or the lowest loss without an evaluator; None if there
             was neither.
-        stopped: Whether training ended early because nothing got better.
+        stopped: Whether training ended because nothing got better, be it after the last epoch.
         optimizer: The optimizer as it is now.
         schedule: Its schedule.
     """

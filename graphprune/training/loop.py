@@ -216,6 +216,8 @@ class Loop:
         set_epoch = getattr(getattr(self.data, "sampler", None), "set_epoch", None)
         if set_epoch is not None:
             set_epoch(epoch)
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ConfigError("optimizer: LBFGS needs the loss several times in a step. Give a trainer of your own.")
         device = next(model.parameters()).device
         step = -1
         for step, batch in enumerate(self.data):
