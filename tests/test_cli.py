@@ -334,7 +334,7 @@ def test_inspect_writes_graphs(place: Path) -> None:
 
 
 def test_inspect_mistakes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, message in (("graph.png", "no format has the suffix '.png'"), ("no/graph.dot", "cannot be written")):
+    for name, message in (("graph.png", "no format has the suffix '.png'"), ("no/graph.dot", "there is no folder")):
         result = run("inspect", "net.py", "--graph", name)
         assert result.exit_code == 2 and complaint(result).startswith(f"{name}: {message}")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

@@ -82,6 +82,24 @@ def test_rounds_end_where_they_should(schedule: str) -> None:
     assert stems(made) == 8 and made["proof"]["difference"] < 1e-9
 
 
+@pytest.mark.parametrize("words", [("--epochs", 1), ("--schedule", "agp", "--rounds", 2)])
+def test_rounds_say_what_was_asked_and_what_rounding_made_of_it(words: tuple[object, ...]) -> None:
+    rounded = report("--round-to", 16, "--sparsity", 0.3, *words)
+    at_once = report("--round-to", 16, "--sparsity", 0.3, "--out", "at_once")
+    shown = [[(group["asked"], group["kept"]) for group in made["groups"]] for made in (rounded, at_once)]
+    assert shown[0] == shown[1] and shown[0] == [(22, 16)]
+    told = complaint(run("compress", "net.py", "--no-bench", "--round-to", 32, "--out", "none", *words))
+    assert told.startswith("model: nothing can be pruned (kept 32, not 16: a multiple of 32).")
+
+
+def test_amc_rounds_as_it_is_told() -> None:
+    made = report("--search", "amc", "--round-to", 8, "--sparsity", 0.3)
+    assert stems(made) % 8 == 0
+    assert "a multiple of 32" in complaint(
+        run("compress", "net.py", "--search", "amc", "--round-to", 32, "--out", "no")
+    )
+
+
 def test_the_shares_of_a_config_list_hold_in_rounds_and_searches(place: Path) -> None:
     (place / "list.yaml").write_text("- {op_types: [Conv2d], sparsity: 0.25}\n- {op_names: [head], exclude: true}\n")
     for words in (("--epochs", 1), ("--schedule", "agp", "--rounds", 2), ("--search", "autocompress")):
@@ -226,9 +244,14 @@ def test_a_table_that_cannot_be_written(place: Path, monkeypatch: pytest.MonkeyP
         ("--csv", "no/x.csv", f"no/x.csv: there is no folder {place / 'no'} to make it in. Name another file."),
         ("--plot", "no/x.svg", f"no/x.svg: there is no folder {place / 'no'} to make it in. Name another file."),
         ("--csv", ".", ".: is a folder. Name another file."),
+        ("--csv", "net.py", "net.py: is named for something else as well. Name another file."),
         ("--plot", "x.txt", "x.txt: no plot has the suffix '.txt'. Use .svg, .png or .pdf."),
     ):
         assert complaint(run("sensitivity", "net.py", option, name)) == told
+    told = "x.svg: is named for something else as well. Name another file."
+    assert complaint(run("sensitivity", "net.py", "--csv", "x.svg", "--plot", "x.svg")) == told
+    assert complaint(run("inspect", "net.py", "--csv", "x.svg", "--csv-groups", "x.svg")) == told
+    assert (place / "net.py").read_text() == LEARNS
 
 
 def test_dependencies_in_the_columns_of_others(place: Path) -> None:

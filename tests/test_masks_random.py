@@ -232,7 +232,7 @@ def check_certain(program: Program, number: int) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1 or number % 3 == 0:
-                parameter[torch.rand(len(parameter), generator=generator) < 0.4] = 0
+                parameter[torch.rand(parameter.shape[:1], generator=generator) < 0.4] = 0
     captured = capture(model, doubled(example_inputs(program)))
     one, other = (constants(captured, doubled(example_inputs(program, seed=seed))) for seed in (1, 2))
     for node in captured.nodes:

@@ -2,6 +2,8 @@
 
 import copy
 import math
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -194,3 +196,46 @@ def test_each_search_takes_its_options(name: str) -> None:
     _, masks = pruner.compress()
     assert pruner.found.score in {evaluation.score for evaluation in pruner.found.history}
     assert any((mask["weight"] == 0).any() for mask in masks.values())
+
+
+def untuned(model: nn.Module, epochs: int = 1) -> None:
+    """Trains nothing."""
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "options", "others"),
+    [
+        ("SimulatedAnnealingPruner", (score,), {}, ((lambda model: -score(model),), {})),
+        ("SimulatedAnnealingPruner", (score,), {"cool_down_rate": 0.9}, ((score,), {"cool_down_rate": 0.8})),
+        ("NetAdaptPruner", (untuned, score), {}, ((partial(untuned, epochs=3), score), {})),
+    ],
+)
+def test_a_journal_is_that_of_its_options_and_functions(
+    name: str, args: Any, options: dict[str, Any], others: Any, tmp_path: Path
+) -> None:
+    def make(args: Any, options: dict[str, Any]) -> Any:
+        given = {"dummy_input": X[:2], "experiment_data_dir": str(tmp_path), **options}
+        given |= {"stop_temperature": 95} if name == "SimulatedAnnealingPruner" else {"sparsity_per_iteration": 0.3}
+        return getattr(pruners, name)(small(), [SOME], *args, **given)
+
+    first = make(args, options)
+    first.compress()
+    again = make(args, options)
+    again.compress()
+    assert again.found.history == first.found.history
+    with pytest.raises(ConfigError, match="is the journal of another search"):
+        make(*others).compress()
+
+
+def test_an_evaluator_that_turns_gradients_off() -> None:
+    def off(model: nn.Module) -> float:
+        torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.float64)
+        return float(F.cross_entropy(model(X), Y))
+
+    def tune(model: nn.Module) -> None:
+        F.cross_entropy(model(X), Y).backward()
+
+    entry = {"op_types": CONVS, "sparsity": 0.3}
+    pruners.NetAdaptPruner(small(), [entry], tune, off, dummy_input=X[:2], sparsity_per_iteration=0.15).compress()
+    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32

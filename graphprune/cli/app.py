@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import sys
 import warnings
@@ -98,16 +99,36 @@ def show(what: Any) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(shown)
 
 
-def check_place(path: Path) -> None:
-    """Refuses a file that cannot be made, before the work for what should be in it is done."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        fact = "is a folder" if path.is_dir() else f"there is no folder {path.absolute().parent} to make it in"
-        raise ConfigError(f"{path}: {fact}. Name another file.")
+def check_places(outputs: Sequence[Path | None], inputs: Sequence[Path | str | None] = ()) -> None:
+    """Refuses files that cannot be made, before the work for what should be in them is done.
+
+    Args:
+        outputs: What is written; None stands for nothing.
+        inputs: What is read, and must not be written over.
+
+    Raises:
+        ConfigError: One is a folder or in none, or is named twice.
+    """
+    seen = {Path(path).absolute() for path in inputs if path is not None}
+    for path in filter(None, outputs):
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            fact = "is a folder" if path.is_dir() else f"there is no folder {path.absolute().parent} to make it in"
+            raise ConfigError(f"{path}: {fact}. Name another file.")
+        if path.absolute() in seen:
+            raise ConfigError(f"{path}: is named for something else as well. Name another file.")
+        seen.add(path.absolute())
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a text file."""
+    """Writes a text file whole, or leaves what is there; a pipe or terminal just gets it."""
+    draft = path.with_name(f".{path.name}-new-{os.getpid()}")
     try:
-        path.write_text(text, encoding="utf-8")
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+        else:
+            draft.write_text(text, encoding="utf-8")
+            draft.replace(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror or error}). Name another file.") from error
+    finally:
+        draft.unlink(missing_ok=True)

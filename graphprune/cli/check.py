@@ -7,7 +7,7 @@ import typer
 
 from graphprune import tables
 from graphprune.audit import audit
-from graphprune.cli.app import AsJson, Seed, Threads, app, complain, show, write
+from graphprune.cli.app import AsJson, Seed, Threads, app, check_places, complain, show, write
 from graphprune.errors import ConfigError
 from graphprune.progress import StageDisplay
 from speedup.errors import SpeedupError
@@ -44,6 +44,7 @@ def bench_command(
     as_json: AsJson = False,
 ) -> None:
     """Measure the latency of ONNX files side by side."""
+    check_places((csv,), models)
     result = benchmark(models, threads=threads, batch=batch, provider=provider, seed=seed)
     profiles = {
         str(path): [vars(row) for row in profile(path, threads=threads, batch=batch, provider=provider, seed=seed)]

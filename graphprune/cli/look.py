@@ -14,7 +14,7 @@ from graphprune.cli.app import (
     Seed,
     Weights,
     app,
-    check_place,
+    check_places,
     show,
     silent_stdout,
     write,
@@ -46,6 +46,7 @@ def inspect_command(
     as_json: AsJson = False,
 ) -> None:
     """Show the channel groups of MODEL: what goes together, and what is pinned and why."""
+    check_places((graph, csv, csv_groups), (model, weights))
     with silent_stdout(as_json):
         source = load_source(model, inputs=inputs or (), weights=weights, seed=seed, device=device)
         dependencies = trace(source.model, source.example_inputs)
@@ -79,8 +80,7 @@ def sensitivity_command(
     as_json: AsJson = False,
 ) -> None:
     """Show the score of MODEL at each share of each channel group, all others whole; needs evaluate(model)."""
-    for path in filter(None, (csv, plot)):
-        check_place(path)
+    check_places((csv, plot, journal), (model, weights))
     if plot is not None:
         check_plot(plot)
     with silent_stdout(as_json), StageDisplay() as progress:

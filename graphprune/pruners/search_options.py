@@ -40,7 +40,9 @@ class SearchOptions(Checked):
         optimize_mode: ``maximize`` or ``minimize`` it.
         base_algo: What scores a channel: l1, l2, fpgm or slim.
         dummy_input: Example inputs; those of the evaluator's first call if they are left out.
-        experiment_data_dir: Folder for the journal from which a search that was stopped goes on; None for none.
+        experiment_data_dir: Folder for the journal from which a search that was stopped goes on; None for none. With
+            other options, or where the code of a function is another, it is refused; what a function closes over or
+            reads elsewhere does not count, so give that another folder.
         workers: Where candidates are evaluated; None for this process, or see :class:`~graphprune.search.Trials`.
         seed: Of everything that is random.
         keep_at_least: Share of the channels of every group that stays.

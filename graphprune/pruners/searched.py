@@ -27,11 +27,15 @@ from graphprune.pruners.sparsify import Masks, masks_of
 from graphprune.search import Found, Space, Trials, amc, annealing, autocompress, netadapt, prune_by_sensitivity
 from graphprune.search.asked import asked_sparsity
 from graphprune.search.candidate import seeded
+from graphprune.search.code import code_of, is_plain
+from graphprune.search.state import digest
 from speedup.inputs import ExampleInputs
 from speedup.masking import attach_masks
 from speedup.repair import repaired
 
 Evaluator = Callable[..., Any]
+_ELSEWHERE = ("dummy_input", "experiment_data_dir", "workers", "seed", "optimize_mode")
+"""Options on which nothing depends that a search finds, or of which its journal knows already."""
 
 
 class SearchPruner:
@@ -104,7 +108,17 @@ class SearchPruner:
         )
         folder, minimize = options.experiment_data_dir, options.optimize_mode == "minimize"
         journal = None if folder is None else Path(folder) / f"{type(self).__name__}.jsonl"
-        return Trials(space, self._evaluator, minimize, options.workers, journal, options.seed)
+        given = {name: value for name, value in options if name not in _ELSEWHERE}
+        return Trials(
+            space,
+            self._evaluator,
+            minimize,
+            options.workers,
+            journal,
+            options.seed,
+            code=digest(*(f"{name} {code_of(value)}" for name, value in given.items() if callable(value))),
+            about={name: value for name, value in given.items() if is_plain(value)},
+        )
 
     def _inputs_of_evaluator(self) -> ExampleInputs:
         """What the evaluator calls a model with; it may change that, and is given a copy as it is given candidates."""

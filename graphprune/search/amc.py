@@ -58,7 +58,7 @@ def amc(
     *,
     of: Measure = "macs",
     keep_at_least: float = 0.2,
-    round_to: int = 8,
+    round_to: int | None = None,
     reward: Reward = "error",
     perfect: float = 1.0,
     episodes: Episodes = LONG,
@@ -79,7 +79,7 @@ def amc(
         ratio: What may be left, in (0, 1): a share of what ``of`` counts.
         of: What is bounded.
         keep_at_least: Share of the channels of every group that stays.
-        round_to: What is kept of an axis is a multiple of this.
+        round_to: What is kept of an axis is a multiple of this; None for what the space says, ``block``.
         reward: «error» for the best score within the bound; «error * log(macs)» to weigh the two.
         perfect: Score of a model without errors, 1 or 100 for accuracies; only the second reward depends on it.
         episodes: How long it explores.
@@ -91,11 +91,12 @@ def amc(
     """
     if not 0 < ratio <= 1:
         raise ConfigError(f"ratio {ratio}: is not in (0, 1]. Use one such as 0.5.")
-    space = trials.space.limited(round_to, keep_at_least)
+    space = trials.space.limited(trials.space.block if round_to is None else round_to, keep_at_least)
     if (least := space.left(space.live(_all(space)), of)) > ratio + 1e-9:
         raise ConfigError(
-            f"ratio {ratio}: {least:.3f} of the {of} stay even where every group gives all it may. Use a larger ratio, "
-            "a smaller keep_at_least or round_to, or let more groups go."
+            f"ratio {ratio:g}: {least:.3f} of the {of} stay even where every group gives all it may: of each "
+            f"{space.keep_at_least:.0%} stay, and a multiple of {space.block}. Use a larger ratio, round to less, or "
+            "let more groups go."
         )
     settings = {"ratio": ratio, "of": of, "reward": reward, "perfect": perfect, **asdict(episodes), **asdict(learning)}
     with trials.over(space).begin("amc", **settings, finetune=finetune is not None) as run:

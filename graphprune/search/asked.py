@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from graphprune.compress import nothing_goes
 from graphprune.criteria import Scores
 from graphprune.schedule import Schedule
 from graphprune.search.remains import remaining
-from graphprune.search.space import Space
+from graphprune.search.space import Shares, Space
 from graphprune.search.state import State
 from graphprune.targets import lowest_together
 
@@ -36,6 +37,19 @@ def asked_shares(space: Space, state: State, schedule: Schedule, i: int, n: int)
         first = space.targets[names[0]]
         shares |= _ranked(space, state, names, schedule(first.initial, first.sparsity, i, n))
     return shares
+
+
+def check_something_goes(space: Space, shares: Shares) -> None:
+    """Refuses shares of which nothing is left once what stays is rounded up.
+
+    Raises:
+        ModelError: Nothing goes, though something is asked for.
+    """
+    selection = space.selection(shares)
+    if any(shares.values()) and bool((selection.live == space.start.live).all()):
+        wishes = {group.index: space.targets[name] for name, group in space.groups.items()}
+        notes = [(choice.group, choice.note) for choice in selection.choices]
+        raise nothing_goes(notes, lambda group: wishes.get(group.index) or space.reasons.get(group.index, ""))
 
 
 def asked_sparsity(space: Space) -> float:

@@ -120,10 +120,17 @@ def checked_score(value: Any) -> float:
 
 def number_in(value: Any) -> float | None:
     """Returns the one number that a number, tensor or array is; None if it is none."""
-    array = value.detach().cpu().double().numpy() if isinstance(value, Tensor) else value
+    array: Any = value
+    if isinstance(value, Tensor):
+        array = (value.detach().cpu().double() if value.is_floating_point() else value.detach().cpu()).numpy()
     if isinstance(array, np.ndarray | np.generic) and array.size == 1:
         value = array.item()
-    return None if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _shown(value: Any) -> str:
@@ -138,10 +145,11 @@ def _analysed(origin: Origin) -> Analysis:
 
 @contextmanager
 def seeded(seed: int, threads: int) -> Iterator[None]:
-    """Seeds what users draw from, and fixes the threads of torch, for a while."""
+    """Seeds what users draw from, and fixes threads, type and gradients of torch, for a while."""
     states = random.getstate(), np.random.get_state(), torch.get_num_threads()
+    kind = torch.get_default_dtype()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]  # of torch
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), torch.enable_grad():
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
@@ -152,3 +160,4 @@ def seeded(seed: int, threads: int) -> Iterator[None]:
             random.setstate(states[0])
             np.random.set_state(states[1])
             torch.set_num_threads(states[2])
+            torch.set_default_dtype(kind)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from graphprune.errors import ConfigError
 from graphprune.schedule import SCHEDULES
-from graphprune.search.asked import asked_shares, asked_sparsity
+from graphprune.search.asked import asked_shares, asked_sparsity, check_something_goes
 from graphprune.search.candidate import Tune
 from graphprune.search.state import digest
 from graphprune.search.trials import Found, Trials
@@ -33,12 +33,14 @@ def in_rounds(trials: Trials, schedule: str = "linear", rounds: int = 1, *, fine
         raise ConfigError(f"rounds {rounds}: is below 1. Use 1 or more.")
     rewind = schedule == "lottery_ticket"
     settings = {"sparsity": asked_sparsity(trials.space), "schedule": schedule, "rounds": rounds}
+    space, grows = trials.space, SCHEDULES[schedule]
+    check_something_goes(space, asked_shares(space, space.start, grows, rounds, rounds))
     with trials.begin("rounds", **settings, tuned=finetune is not None) as run:
-        first = state = trials.space.start
+        first = state = space.start
         for number in range(0 if rewind else 1, rounds + 1):
             if rewind:
                 state = replace(state, weights=first.weights, key=digest(state.key, "first values"))
-            shares = asked_shares(trials.space, state, SCHEDULES[schedule], number, rounds)
+            shares = asked_shares(space, state, grows, number, rounds)
             (chosen,) = run.evaluate([shares], state, tune=finetune, use=f"round {number}")
             state = run.trained(chosen, state, finetune, use=f"round {number}")
-        return run.found(chosen, state)
+        return run.found(chosen, state, asked=shares)

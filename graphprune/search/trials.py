@@ -175,9 +175,16 @@ class Run:
             self._journal.record(key, ms=measured_ms(model, self.space.example_inputs))
         return float(self._journal[key]["ms"])
 
-    def found(self, chosen: Evaluation, state: State, note: str | None = None) -> Found:
-        """Returns what the search has found: ``chosen``, with the weights of ``state``; its report has the note."""
-        result = self.space.result(chosen.shares, state)
+    def found(self, chosen: Evaluation, state: State, note: str | None = None, *, asked: Shares | None = None) -> Found:
+        """Returns what the search has found: ``chosen``, with the weights of ``state``; its report has the note.
+
+        Args:
+            chosen: What is left.
+            state: Where the search stands.
+            note: What kept it from its target.
+            asked: Shares that a user asked for, of which ``chosen`` is what rounding left; None if nobody did.
+        """
+        result = self.space.result(chosen.shares if asked is None else asked, state)
         result = replace(result, report={**result.report, "note": note})
         return Found(chosen.shares, chosen.score, tuple(self.history), result, note)
 
