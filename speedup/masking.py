@@ -7,7 +7,9 @@ beside it.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -211,6 +213,7 @@ def _check_reach(model: nn.Module, masked: Mapping[int, str]) -> None:
         PlanError: One is used by compiled code, written to by its module, or held in an attribute that is none of the
             module's parameters; or the name of its mask is taken.
     """
+    reached = set(model.modules())
     for path, module in model.named_modules():
         owner = path or type(module).__name__
         for attribute, parameter in module._parameters.items():
@@ -221,12 +224,25 @@ def _check_reach(model: nn.Module, masked: Mapping[int, str]) -> None:
         for attribute, value in vars(module).items():
             if attribute == "_parameters" or (isinstance(module, nn.RNNBase) and attribute == "_flat_weights"):
                 continue
-            name = next((masked[id(leaf)] for leaf in pytree.tree_leaves(value) if id(leaf) in masked), None)
+            name = next((masked[id(held)] for held in _held(value, reached) if id(held) in masked), None)
             if name is not None:
                 raise PlanError(
                     f"{name}: is held in attribute {attribute} of {owner} as well, where no mask acts on it. "
                     "Read it from the module that it is a parameter of."
                 )
+
+
+def _held(value: Any, reached: Set[nn.Module]) -> Iterator[Any]:
+    """What an attribute holds, also in containers, in arguments of functions and in modules that no mask reaches."""
+    for leaf in pytree.tree_leaves(value):
+        yield leaf
+        if isinstance(leaf, nn.Module) and leaf not in reached:
+            for module in set(leaf.modules()) - reached:
+                yield from module._parameters.values()
+        elif isinstance(leaf, partial):
+            yield from _held((leaf.args, leaf.keywords), reached)
+        elif isinstance(leaf, FunctionType):
+            yield from pytree.tree_leaves((leaf.__defaults__, leaf.__kwdefaults__))
 
 
 def _refusal(module: nn.Module, name: str) -> str | None:

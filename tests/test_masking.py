@@ -3,7 +3,8 @@
 import copy
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -340,6 +341,21 @@ class Listed(nn.Module):
         self.kept = {"all": [self.a]}
 
 
+class Keeping(nn.Module):
+    """Uses a parameter in some way that is none of its own attributes."""
+
+    def __init__(self, keep: Callable[[nn.Linear], Any]) -> None:
+        super().__init__()
+        self.a = nn.Linear(2, 2)
+        self.kept = keep(self.a)
+
+
+def tied(layer: nn.Linear) -> list[nn.Module]:
+    other = nn.Linear(2, 2)
+    other.weight = layer.weight
+    return [other]
+
+
 class Named(nn.Linear):
     def __init__(self) -> None:
         super().__init__(2, 2)
@@ -368,6 +384,13 @@ WRONG: dict[str, tuple[Any, Any, str]] = {
         "computed from parameters. Mask one of them: parametrizations.weight.original0, ",
     ),
     "listed": (Listed(), {"a": torch.ones(3)}, "a: is held in attribute kept of Listed as well"),
+    "unregistered": (Keeping(tied), {"a.weight": SQUARE}, "held in attribute kept of Keeping as well"),
+    "partial": (Keeping(lambda a: partial(F.linear, weight=a.weight)), {"a.weight": SQUARE}, "held in attribute kept"),
+    "default": (
+        Keeping(lambda a: lambda x, weight=a.weight: x @ weight),
+        {"a.weight": SQUARE},
+        "held in attribute kept",
+    ),
     "named": (nn.Sequential(Named()), {"0.weight": SQUARE}, "0 has an attribute mask_of_weight of its own"),
     "renormalised": (nn.Embedding(2, 2, max_norm=1.0), {"weight": SQUARE}, "max_norm"),
 }
@@ -745,3 +768,12 @@ def test_parameters_are_multiplied_while_masks_stay() -> None:
         assert torch.equal(weight, before * mask) and torch.equal(attached_masks(net)["0.weight"], mask)
     detach_masks(net, multiply=False)
     assert torch.equal(net[0].weight, before * mask) and torch.equal(net[1].weight, other)
+
+
+def test_a_way_back_to_the_model_is_no_other_use() -> None:
+    model = nn.Sequential(Keeping(lambda a: [a]))
+    model[0].parent = [model]
+    attach_masks(model, {"0.a.weight": torch.zeros(2, 2)})
+    detach_masks(model)
+    attach_masks(model[0], {"a.weight": torch.zeros(2, 2)})
+    assert not bool(model[0].a.weight.any())
