@@ -82,8 +82,9 @@ def admm(
     def after(epoch: Epoch) -> None:
         if (epoch.epoch + 1) % epochs == 0:
             with torch.no_grad():
-                sparse.update(_projected({name: weight + dual[name] for name, weight in masked().items()}, project))
-                for name, weight in masked().items():
+                now = masked()
+                sparse.update(_projected({name: weight + dual[name] for name, weight in now.items()}, project))
+                for name, weight in now.items():
                     dual[name] += weight - sparse[name]
 
     def pairs() -> list[tuple[Tensor, Tensor]]:
