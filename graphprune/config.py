@@ -3,9 +3,10 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from graphprune.criteria import CRITERIA
 from graphprune.errors import ConfigError, shown
@@ -14,7 +15,22 @@ from graphprune.kinds import KINDS, Kind
 S = TypeVar("S", bound="Said")
 
 
-class Said(BaseModel):
+class Typed(BaseModel):
+    """Values under their names, of their types. True is no number, though Python and pydantic take it for 1."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        whole = cls.model_fields[str(info.field_name)].annotation
+        kinds = [getattr(kind, "__origin__", kind) for kind in get_args(whole) or (whole,)]  # without what is annotated
+        if isinstance(value, bool) and bool not in kinds:
+            for number, name in ((int, "int"), (float, "float")):
+                if number in kinds:
+                    raise PydanticCustomError(f"{name}_type", "Input should be a valid number")
+        return value
+
+
+class Said(Typed):
     """What a user says, each value under its name and validated."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

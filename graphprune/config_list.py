@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import nn
 
-from graphprune.config import closest
+from graphprune.config import Typed, closest
 from graphprune.errors import ConfigError
 from graphprune.groups import ChannelGroup
 from graphprune.targets import Target
@@ -25,7 +25,7 @@ _NAMES_OF_SPARSITY = ("sparsity", "sparsity_per_layer", "sparse_ratio", "final_s
 _SELECTORS = ("op_types", "op_names", "op_partial_names", "op_names_re")
 
 
-class Entry(BaseModel):
+class Entry(Typed):
     """One entry of a config list. Of its selectors each narrows down the layers.
 
     Attributes:
@@ -233,7 +233,8 @@ def _selected(position: int, entry: Entry, layers: Mapping[str, nn.Module]) -> l
         and any(True for _ in layers[name].parameters(recurse=False))
     ]
     if not found:
-        raise ConfigError(f"{subject}: selects no layer with weights. The model has some of {', '.join(present)}.")
+        has = f"has some of {', '.join(present)}" if layers else "is one layer without a name: put it into Sequential"
+        raise ConfigError(f"{subject}: selects no layer with weights. The model {has}.")
     return found
 
 

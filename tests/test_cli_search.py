@@ -12,7 +12,7 @@ from test_rules import one_thread
 
 import graphprune
 from graphprune.cli import app
-from graphprune.search import Episodes, Schedule, amc, annealing
+from graphprune.search import Episodes, Found, Schedule, Trials, amc, annealing
 
 LEARNS = (
     NET
@@ -157,13 +157,27 @@ def test_a_journal_is_of_its_epochs_and_its_code(place: Path) -> None:
     assert line.startswith("j.jsonl: is the journal of another search (the code of its model, its training or its eva")
 
 
-def test_a_search_that_misses_its_budget_says_so(place: Path) -> None:
+def test_a_search_that_cannot_reach_its_budget_ends_before_it_begins(place: Path) -> None:
     words = ("compress", "net.py", "--no-bench", "--round-to", 1, "--search", "netadapt", "--sparsity", 0.9)
-    result = run(*words, "--min-channels", 24)
+    line = complaint(run(*words, "--min-channels", 24))
+    assert line.startswith("target: 0.100 of the macs may be left, and 0.579 stay even where every group gives all")
+    assert not (place / "net-pruned").exists()
+
+
+def test_a_search_that_misses_its_target_says_so(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    note = "0.600 of the macs are left, not 0.5: no group can give more"
+
+    def misses(trials: Trials, *_: object) -> Found:
+        start = trials.space.start
+        with trials.begin("misses") as run:
+            (chosen,) = run.evaluate([dict.fromkeys(trials.space.groups, 0.25)], start)
+            return run.found(chosen, run.trained(chosen, start, None), note)
+
+    monkeypatch.setattr("graphprune.search.finder.SEARCHES", {"netadapt": misses})
+    result = run("compress", "net.py", "--no-bench", "--round-to", 1, "--search", "netadapt")
     assert result.exit_code == 0, result.output
-    said = json.loads((place / "net-pruned" / "report.json").read_text())["note"]
-    assert "of the macs are left, not 0.1: no group can give more" in said
-    assert f"Note: {said}." in " ".join(result.stdout.split())
+    assert json.loads((place / "net-pruned" / "report.json").read_text())["note"] == note
+    assert f"Note: {note}." in " ".join(result.stdout.split())
 
 
 @pytest.mark.parametrize("search", ["annealing", "amc"])

@@ -226,5 +226,12 @@ def test_what_makes_no_sense_is_refused_in_one_line(config_list: Any, message: s
     assert "\n" not in str(caught.value)
 
 
+def test_a_model_that_is_one_layer_says_so() -> None:
+    with pytest.raises(
+        ConfigError, match="selects no layer with weights. The model is one layer without a name: put it"
+    ):
+        read_config_list(nn.Linear(4, 4), [{"op_types": ["Linear"], "sparsity": 0.5}])
+
+
 def test_a_search_finds_the_shares_itself() -> None:
     assert set(read_config_list(Residual(), [{"op_types": ["Conv2d"]}], shares=False)) == set(CONVS)

@@ -166,6 +166,11 @@ def test_mistakes_around_the_file(write: Callable[..., Path]) -> None:
         prune()
     with pytest.raises(TrainingError, match=r"Pruning: a hook is called while nothing is pruned"):
         prune.on_batch_end()
+    for options, name in (({"folder": "runs"}, "folder"), ({"resume": True}, "resume")):
+        prune = Pruning(write(), **options)
+        prune.model, prune.pruning_func = common.Model(net()), manual_loop(prune)
+        with pytest.raises(ConfigError, match=f"^{name}: is for training by the file, and there is a pruning_func"):
+            prune()
     prune = pruning(write(("iteration: 5", "iteration:")))
     prune.train_dataloader = (one for one in ())
     prune.pruning_func = manual_loop(prune)

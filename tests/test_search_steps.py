@@ -145,10 +145,23 @@ def test_the_best_candidate_of_a_step_goes_on(space: Space) -> None:
     assert best == found.shares and steps >= 6
 
 
-def test_a_budget_that_cannot_be_met_is_said(space: Space) -> None:
-    found = netadapt(Trials(chain_space(10, 20, keep_at_least=0.6), first_matters), 0.2, step=0.3)
-    assert found.note is not None and found.note.endswith("of the macs are left, not 0.2: no group can give more")
-    assert widths(found.result.model) == [6, 12]
+def test_a_budget_that_cannot_be_met_is_refused(space: Space) -> None:
+    asked: list[nn.Module] = []
+    with pytest.raises(ConfigError, match=r"^target: 0.200 of the macs may be left, and 0.4\d\d stay even where every"):
+        netadapt(Trials(chain_space(10, 20, keep_at_least=0.6), asked.append), 0.2, step=0.3)
+    assert not asked
+
+
+def test_a_budget_that_no_step_meets_is_said(space: Space, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock by which only cutting both layers helps, and a step cuts one."""
+
+    def clock(model: nn.Module, example_inputs: object) -> float:
+        return 10.0 - 8.0 * (widths(model)[0] < 10 and widths(model)[1] < 20)
+
+    monkeypatch.setattr("graphprune.search.trials.measured_ms", clock)
+    found = netadapt(Trials(space, first_matters), 0.5, resource="latency", step=0.3)
+    assert found.note == "1.000 of the latency are left, not 0.5: no group can give more"
+    assert widths(found.result.model) == [10, 20]
 
 
 def test_measured_latency_is_written_down_and_used(space: Space, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +221,11 @@ def reshapes(model: nn.Module) -> None:
     ("call", "says"),
     [
         (lambda t: sensitivity(t, (0.0,)), "shares: 0.0 is not in (0, 1). Use shares such as 0.1."),
+        (lambda t: sensitivity(t, ("0.5",)), "shares: '0.5' is not in (0, 1)."),  # type: ignore[arg-type]
+        (lambda t: sensitivity(t, ()), "shares: is empty, so that nothing is tried."),
+        (lambda t: Trials(None, fit), "space: is None. Give what can be chosen, Space.of(model, inputs)."),  # type: ignore[arg-type]
+        (lambda t: Trials(t.space, 3), "evaluate: is 3. Give a function of a model"),  # type: ignore[arg-type]
+        (lambda t: Trials(t.space, fit, seed=-1), "seed: is -1. Give a whole number in [0, 2**63)."),
         (lambda t: prune_by_sensitivity(t, 1.0), "sparsity 1.0: is not in (0, 1)."),
         (lambda t: prune_by_sensitivity(t, 0.5, step=0), "step 0: is not above 0."),
         (lambda t: netadapt(t, 1.0), "budget 1.0: is not in (0, 1). Use one such as 0.5."),

@@ -577,6 +577,9 @@ def test_snapshots_of_something_else_are_refused(tmp_path: Path) -> None:
         fit(net(), plain, 2, folder=folder)
     with pytest.raises(ModelError, match="was written with optimizer SGD, not AdamW"):
         fit(net(), Training.on(loader(), nn.CrossEntropyLoss()), 2, folder=folder, resume=True)
+    with pytest.raises(ModelError, match=r"was written with an optimizer of lr 0.1, not 0.5. Use the same one."):
+        faster = Training(plain.trainer, lambda parameters: torch.optim.SGD(parameters, lr=0.5), plain.criterion)
+        fit(net(), faster, 2, folder=folder, resume=True)
     with pytest.raises(ModelError, match="was written with schedule None, not StepLR"):
         scheduled = Training(plain.trainer, sgd, plain.criterion, RUNS["schedule"][1])
         fit(net(), scheduled, 2, folder=folder, resume=True)

@@ -61,7 +61,7 @@ class Pruning:
         Args:
             config: A file as LPOT reads it.
             seed: Of the training that the file describes.
-            folder: Where that training writes a snapshot after each epoch.
+            folder: Where that training writes a snapshot after each epoch; not for a ``pruning_func``.
             resume: Whether it goes on with what is in the folder.
 
         Raises:
@@ -107,8 +107,11 @@ class Pruning:
         for name in ("pruning_func", "eval_func"):
             if not callable(getattr(self, name)) and getattr(self, name) is not None:
                 raise ConfigError(f"{name}: is a {type(getattr(self, name)).__name__}. Give a function of the model.")
-        self.goals = goals_of(model, self.config)
         function = self.pruning_func
+        for name, value in (("folder", self._folder is not None), ("resume", self._resume)):
+            if value and function is not None:
+                raise ConfigError(f"{name}: is for training by the file, and there is a pruning_func. Leave it out.")
+        self.goals = goals_of(model, self.config)
         growth, train = self._described(model) if function is None else self._own(model, function)
         self._growth = growth
         try:

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from graphprune.config import closest
+from graphprune.config import Typed, closest
 
 PruneType = Literal["basic_magnitude"]
 
 
-class Section(BaseModel):
+class Section(Typed):
     """A mapping in the file that has some keys and no others, each once under one of its names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)

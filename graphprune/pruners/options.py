@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, AliasChoices, ConfigDict, Field, ValidationError, field_validator
 from torch import nn
 from torch.optim import Optimizer
 
-from graphprune.config import closest
+from graphprune.config import Typed, closest
 from graphprune.errors import ConfigError, shown
 from graphprune.evidence import ACTIVATIONS
 from graphprune.training import Training
@@ -45,7 +45,7 @@ Function = Annotated[Any, asking(callable, "is no function. Give a function of a
 CheckedT = TypeVar("CheckedT", bound="Checked")
 
 
-class Checked(BaseModel):
+class Checked(Typed):
     """Options of which names, types and ranges are checked.
 
     Attributes:

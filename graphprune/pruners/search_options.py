@@ -29,7 +29,9 @@ Ratio = Annotated[float, asking(lambda ratio: 0 < ratio <= 1, "is not in (0, 1].
 Seed = Annotated[int, asking(lambda seed: 0 <= seed < 2**63, "is not in [0, 2**63). Use a number such as 0")]
 
 
-Folder = Annotated[Any, asking(lambda path: isinstance(path, str | Path), "is no folder. Give its path")]
+Folder = Annotated[
+    Any, asking(lambda path: isinstance(path, str | Path) and Path(path).is_dir(), "is no folder. Make it first")
+]
 
 
 class SearchOptions(Checked):

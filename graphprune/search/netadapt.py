@@ -6,6 +6,7 @@ from typing import Literal
 
 from graphprune.errors import ConfigError
 from graphprune.search.candidate import Tune
+from graphprune.search.reach import out_of_reach
 from graphprune.search.space import Measure, Shares
 from graphprune.search.state import State
 from graphprune.search.trials import Found, Run, Trials
@@ -43,7 +44,7 @@ def netadapt(
         finetune: Trains a candidate for a short time, in place.
 
     Raises:
-        ConfigError: A number is out of range.
+        ConfigError: A number is out of range, or so much cannot go.
     """
     for name, value in (("budget", budget), ("step", step), ("decay", decay)):
         if not 0 < value < 1 and not (name == "decay" and value == 1):
@@ -53,6 +54,9 @@ def netadapt(
         state = trials.space.start
         measured = _meter(run, resource)
         left, fall = measured(trials.space.shares(state.live), state), step
+        least = measured({name: trials.space.most(name) for name in trials.space.groups}, state)
+        if least > budget + 1e-9:
+            raise out_of_reach(budget, resource, least)
         chosen, note = None, None
         while left > budget + 1e-9:
             part = 1.0

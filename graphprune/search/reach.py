@@ -57,7 +57,12 @@ def reach(space: Space, wish: Shares, left: float, of: Measure, state: State) ->
             low, high = (low, middle) if enough(some(middle)) else (middle, high)
         return some(high)
     least = space.left(space.live(further(1.0), state), of)
-    raise ConfigError(
+    raise out_of_reach(left, of, least)
+
+
+def out_of_reach(left: float, of: str, least: float) -> ConfigError:
+    """What is wrong with a target that is below what always stays; all are shares of the dense model."""
+    return ConfigError(
         f"target: {left:.3f} of the {of} may be left, and {least:.3f} stay even where every group gives all it may. "
         "Ask for less, or let more groups go."
     )

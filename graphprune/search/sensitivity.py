@@ -2,8 +2,9 @@
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 from graphprune.errors import ConfigError
 from graphprune.search.candidate import Tune
@@ -158,7 +159,9 @@ def _bearable(run: Run, table: Sensitivity, row: Mapping[float, float], drop: fl
     return before
 
 
-def _check(shares: Iterable[float]) -> None:
+def _check(shares: Sequence[float]) -> None:
+    if not shares:
+        raise ConfigError("shares: is empty, so that nothing is tried. Use shares such as 0.1.")
     for share in shares:
-        if not 0 < share < 1:
-            raise ConfigError(f"shares: {share} is not in (0, 1). Use shares such as 0.1.")
+        if not isinstance(share, Real) or not 0 < share < 1:
+            raise ConfigError(f"shares: {share!r} is not in (0, 1). Use shares such as 0.1.")

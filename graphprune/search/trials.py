@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from graphprune.compress import Result
+from graphprune.errors import ConfigError, shown
 from graphprune.search.candidate import Evaluate, Job, Origin, Outcome, Tune
 from graphprune.search.journal import Journal
 from graphprune.search.latency import measured_ms
@@ -81,6 +82,17 @@ class Trials:
     modules: Sequence[ModuleType] = ()
     code: str = ""
     about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
+        told = (
+            ("space", self.space, isinstance(self.space, Space), "what can be chosen, Space.of(model, inputs)"),
+            ("evaluate", self.evaluate, callable(self.evaluate), "a function of a model that returns a number"),
+            ("seed", self.seed, whole and 0 <= self.seed < 1 << 63, "a whole number in [0, 2**63)"),
+        )
+        for name, value, holds, what in told:
+            if not holds:
+                raise ConfigError(f"{name}: is {shown(value)}. Give {what}.")
 
     def over(self, space: Space) -> "Trials":
         """Returns the same over another space of the model."""

@@ -56,6 +56,7 @@ def save_snapshot(
     tensors: dict[str, Tensor] = {}
     state = {
         "optimizer": _kind(optimizer),
+        "options": _plain(optimizer.defaults, tensors, "options"),
         "optimizer_state": _plain(optimizer.state_dict(), tensors, "optimizer"),
         "schedule": _kind(schedule),
         "schedule_state": _plain(schedule.state_dict() if schedule else None, tensors, "schedule"),
@@ -109,8 +110,9 @@ def load_snapshot(
             if state[name] != _kind(own):
                 raise ModelError(f"{path}: was written with {name} {state[name]}, not {_kind(own)}. Use the same one.")
         tensors = read_weights(path / TENSORS)
-        saved, planned, buffers, numbers = (
-            _back(state[name], tensors, device) for name in ("optimizer_state", "schedule_state", "buffers", "random")
+        options, saved, planned, buffers, numbers = (
+            _back(state[name], tensors, device)
+            for name in ("options", "optimizer_state", "schedule_state", "buffers", "random")
         )
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise ModelError(
@@ -120,6 +122,10 @@ def load_snapshot(
         raise ModelError(
             f"{path}: was written with {count} generators of a loader, not {len(generators)}. Use the same loader."
         )
+    for name, value in optimizer.defaults.items():
+        if name not in options or options[name] != value:
+            was = options.get(name)
+            raise ModelError(f"{path}: was written with an optimizer of {name} {was}, not {value}. Use the same one.")
     load_weights(model, path / WEIGHTS)
     with torch.no_grad():
         for name, buffer in _unsaved_buffers(model):
