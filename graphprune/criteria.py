@@ -135,7 +135,7 @@ def learned_scores(scores: Mapping[str, Tensor]) -> Criterion:
     """Returns the criterion that adds up scores of single elements, by qualified name of a weight, over the slices."""
 
     def score(analysis: Analysis, evidence: Evidence, produced: bool) -> Scores:
-        found = {analysis.aliases[name]: tensor for name, tensor in scores.items()}
+        found = {analysis.aliases[name]: tensor for name, tensor in scores.items() if name in analysis.aliases}
         return _summed(analysis, partial(_in_parts, Tensor.detach), produced, found)
 
     return Criterion(score)
@@ -204,15 +204,18 @@ def _summed(
         analysis: The model.
         score: The score of each slice of one weight.
         produced: Whether only slices count whose operators produce the channels.
-        instead: Tensors that stand for the weights; a weight that has none counts for nothing.
+        instead: Tensors that stand for the weights; a weight that has none counts for nothing, and of what has none at
+            all the score is nan.
         finish: What is made of the sum over one slice.
     """
     scores = np.zeros(analysis.classes.count)
+    known = np.full(analysis.classes.count, instead is None)
     for name, weight, plane in _weights(analysis, produced):
         others = [dim for dim in range(weight.dim()) if dim not in support(plane)]
         seen = weight if instead is None else instead.get(name)
         if seen is not None:
-            slices = np.zeros_like(scores)
-            np.add.at(slices, analysis.classes.plane(plane), score(seen, others).double().cpu().numpy())
+            slices, classes = np.zeros_like(scores), analysis.classes.plane(plane)
+            np.add.at(slices, classes, score(seen, others).double().cpu().numpy())
             scores += finish(slices)
-    return scores
+            known[classes] = True
+    return np.where(known, scores, np.nan)

@@ -332,7 +332,8 @@ def put_back(model: nn.Module, optimizer: object = None) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for tensor, before, gradient in zip(tensors, held, gradients, strict=True):
-                tensor.copy_(before)
+                if not torch.equal(tensor, before):  # what is expanded cannot be written to, nor can it have changed
+                    tensor.copy_(before)
                 tensor.grad = gradient
         for module, mode in modes.items():
             module.training = mode

@@ -71,8 +71,8 @@ class Analysis:
         return [node for node in self.users.get(name, ()) if self._carries(self.labels[node.name], classes)]
 
     def produces(self, name: str, classes: Index) -> bool:
-        """Whether the channels ``classes`` of parameter ``name`` come out of the first operator that uses it."""
-        return self._carries([self.labels[node.name] for node in self.users.get(name, ())[:1]], classes)
+        """Whether the channels ``classes`` of parameter ``name`` come out of an operator that uses it."""
+        return bool(self.producers(name, classes))
 
     def _carries(self, labels: Any, classes: Index) -> bool:
         return any(

@@ -57,8 +57,28 @@ def shrink_graph(captured: Captured, plan: ShrinkPlan) -> ShrunkGraph:
             name = names.get(str(node.target), str(node.target))
             root[str(node.target)] = tensors[name] if name in tensors else attribute(source, name)
     shrunk = ShrunkGraph(root, graph, type(captured.model).__name__)
+    _name_again(captured, shrunk)
     shrunk.register_forward_pre_hook(_CapturedSizes.of(captured), with_kwargs=True)
     return shrunk
+
+
+def _name_again(captured: Captured, shrunk: ShrunkGraph) -> None:
+    """Gives the parameters of a rewritten graph all the names that they have in the model, where some are tied."""
+    kept = dict(shrunk.named_parameters())
+    tied: dict[int, list[str]] = {}
+    for name, parameter in captured.model.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(name)
+    for names in tied.values():
+        known = next((name for name in names if name in kept), None)
+        for name in names if known is not None else ():
+            path, _, last = name.rpartition(".")
+            owner: nn.Module = shrunk
+            for part in path.split(".") if path else ():
+                if part not in owner._modules:
+                    owner.add_module(part, nn.Module())
+                owner = owner.get_submodule(part)
+            if last not in owner._parameters:
+                owner.register_parameter(last, kept[str(known)])
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ beside it.
 
 import copy
 from collections.abc import Iterator, Mapping, Set
+from contextlib import suppress
 from functools import partial
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -224,7 +225,7 @@ def _check_reach(model: nn.Module, masked: Mapping[int, str]) -> None:
         for attribute, value in vars(module).items():
             if attribute == "_parameters" or (isinstance(module, nn.RNNBase) and attribute == "_flat_weights"):
                 continue
-            name = next((masked[id(held)] for held in _held(value, reached) if id(held) in masked), None)
+            name = next((masked[id(held)] for held in _held(value, reached, set()) if id(held) in masked), None)
             if name is not None:
                 raise PlanError(
                     f"{name}: is held in attribute {attribute} of {owner} as well, where no mask acts on it. "
@@ -232,17 +233,31 @@ def _check_reach(model: nn.Module, masked: Mapping[int, str]) -> None:
                 )
 
 
-def _held(value: Any, reached: Set[nn.Module]) -> Iterator[Any]:
-    """What an attribute holds, also in containers, in arguments of functions and in modules that no mask reaches."""
+def _held(value: Any, reached: Set[nn.Module], seen: set[int]) -> Iterator[Any]:
+    """What an attribute holds, also in containers, views, what functions know, and modules that no mask reaches."""
     for leaf in pytree.tree_leaves(value):
+        if id(leaf) in seen:
+            continue
+        seen.add(id(leaf))
         yield leaf
-        if isinstance(leaf, nn.Module) and leaf not in reached:
+        if isinstance(leaf, Tensor) and leaf._base is not None:
+            yield leaf._base
+        elif isinstance(leaf, nn.Module) and leaf not in reached:
             for module in set(leaf.modules()) - reached:
                 yield from module._parameters.values()
         elif isinstance(leaf, partial):
-            yield from _held((leaf.args, leaf.keywords), reached)
+            yield from _held((leaf.func, leaf.args, leaf.keywords), reached, seen)
+        elif isinstance(leaf, MethodType):
+            yield from _held((leaf.__self__, leaf.__func__), reached, seen)
         elif isinstance(leaf, FunctionType):
-            yield from pytree.tree_leaves((leaf.__defaults__, leaf.__kwdefaults__))
+            yield from _held((leaf.__defaults__, leaf.__kwdefaults__, list(_closed_over(leaf))), reached, seen)
+
+
+def _closed_over(function: FunctionType) -> Iterator[Any]:
+    """What a function knows of the functions around it; a name that has no value yet is left out."""
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):
+            yield cell.cell_contents
 
 
 def _refusal(module: nn.Module, name: str) -> str | None:

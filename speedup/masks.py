@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from speedup.analysis import Analysis, analyse
+from speedup.analysis import Analysis, analyse, tensor_names
 from speedup.capture import Captured, attribute, capture
 from speedup.cut import shrink_graph
 from speedup.errors import PlanError
@@ -76,12 +76,13 @@ class ModelSpeedup:
         """
         self._analysis = analyse(capture(without_masks(model), example_inputs))
         self._values = self._one_of_each(masks)
-        self._masks = {name: self._checked(name, mask) for name, mask in self._values.items()}
+        self._check()
+        self._masks = {name: mask for name, mask in self._values.items() if self._is_used(name)}
         attached = attached_masks(model)
         for name, mask in self._values.items():
             if name in attached and torch.equal(attached[name], mask.to(attached[name])):
                 self._values[name] = torch.ones_like(mask)  # the model is multiplied by it
-        self._live = reconcile(self._analysis, _produced(self._analysis, self._masks))
+        self._live = reconcile(self._analysis, produced_channels(self._analysis, self._masks))
         self.reconciled = self._count_reconciled()
         self.plan = make_plan(self._analysis, self._live)
         self.model: nn.Module | None = None
@@ -102,11 +103,17 @@ class ModelSpeedup:
         self.proof = prove(self._analysis, self._live, plan, shrunk.graph)
         dense = shrink_graph(captured, ShrinkPlan())
         with torch.no_grad():
+            read = set(tensor_names(captured.graph_module).values())
+            own = dict(shrunk.model.named_parameters(remove_duplicate=False))
             for name, mask in self._values.items():
-                canonical = self._analysis.aliases[name]
-                for graph, kept in ((dense, mask), (shrunk.graph, plan.cut(canonical, mask))):
-                    tensor = attribute(graph, canonical)
-                    tensor.mul_(kept.to(tensor))
+                canonical = self._analysis.aliases.get(name, name)
+                kept = plan.cut(canonical, mask)
+                if canonical in read:
+                    for graph, factor in ((dense, mask), (shrunk.graph, kept)):
+                        tensor = attribute(graph, canonical)
+                        tensor.mul_(factor.to(tensor))
+                elif name in own:  # of what only training uses, or nothing
+                    own[name].mul_(kept.to(own[name]))
             leftovers = find_leftovers(self._analysis, self._live, partial(attribute, dense))
             for name, amount in leftovers.folds.items():
                 tensor, added = attribute(shrunk.graph, name), plan.cut(name, amount)
@@ -132,25 +139,31 @@ class ModelSpeedup:
                 raise PlanError(f"{name}: is the same parameter as {known}, and their masks differ. Give one mask.")
         return found
 
-    def _checked(self, name: str, mask: Tensor) -> Mask:
-        canonical = self._analysis.aliases.get(name)
-        if canonical is None or canonical not in self._analysis.parameters:
-            raise PlanError(f"{name}: is masked, but the model uses no parameter of that name. Name one that it uses.")
-        shape = self._analysis.parameters[canonical].shape
-        if tuple(mask.shape) != shape:
-            raise PlanError(
-                f"{name}: the mask has shape {tuple(mask.shape)}, the parameter {shape}. Give masks of its shape."
-            )
-        if bool(mask.isnan().any()):
-            raise PlanError(f"{name}: the mask holds nan. Give zeros where it is masked out, and ones elsewhere.")
-        alive: Mask = (mask != 0).cpu().numpy()
-        return alive
+    def _check(self) -> None:
+        """Refuses masks that are none of the model's parameters."""
+        own = dict(self._analysis.captured.model.named_parameters(remove_duplicate=False))
+        for name, mask in self._values.items():
+            if name not in own and not self._is_used(name):
+                raise PlanError(
+                    f"{name}: is masked, but the model has no parameter of that name. Name one that it has."
+                )
+            shape = tuple(own[name].shape) if name in own else self._analysis.parameters[name].shape
+            if tuple(mask.shape) != shape:
+                raise PlanError(
+                    f"{name}: the mask has shape {tuple(mask.shape)}, the parameter {shape}. Give masks of its shape."
+                )
+            if bool(mask.isnan().any()):
+                raise PlanError(f"{name}: the mask holds nan. Give zeros where it is masked out, and ones elsewhere.")
+
+    def _is_used(self, name: str) -> bool:
+        """Whether the model computes with a parameter, be it in training alone."""
+        return self._analysis.aliases.get(name) in self._analysis.parameters
 
     def _count_reconciled(self) -> dict[str, int]:
         found = {}
         for name, mask in self._masks.items():
             for dims, classes in _produced_axes(self._analysis, name):
-                gone = ~_along(mask, dims)
+                gone = ~_along(_alive(mask), dims)
                 if len(dims) > 1:
                     kept = self._live & _all_of(classes.reshape(-1), gone.reshape(-1), len(self._live))
                     found[name] = int(kept.sum())
@@ -181,20 +194,30 @@ def _produced_axes(analysis: Analysis, name: str) -> list[tuple[tuple[int, ...],
     return [(dims, classes) for dims, classes in found if analysis.produces(canonical, classes)]
 
 
+def _alive(mask: Tensor) -> Mask:
+    alive: Mask = (mask != 0).cpu().numpy()
+    return alive
+
+
 def _along(mask: Mask, dims: Sequence[int]) -> Mask:
     """Which indices of some dimensions a mask leaves something of."""
     alive: Mask = np.asarray(mask.any(axis=tuple(d for d in range(mask.ndim) if d not in dims)))
     return alive
 
 
-def _produced(analysis: Analysis, masks: Mapping[str, Mask]) -> Mask:
-    """Which classes live, shape (classes,), when a channel goes that all weights which produce it mask out.
+def produced_channels(analysis: Analysis, masks: Mapping[str, Tensor]) -> Mask:
+    """Returns which classes live, shape (classes,), when a channel goes that all weights which produce it mask out.
 
     A weight counts as masked out where all that reads its output is a norm of which scale and shift are.
+
+    Args:
+        analysis: The model.
+        masks: By names of its parameters, of those that it uses.
     """
     kept = np.zeros(analysis.classes.count, dtype=np.bool_)
     dropped = np.zeros(analysis.classes.count, dtype=np.bool_)
-    canonical = {analysis.aliases[name]: mask for name, mask in masks.items()}
+    known = {name: mask for name, mask in masks.items() if name in analysis.aliases}
+    canonical = {analysis.aliases[name]: _alive(mask) for name, mask in known.items()}
     silenced = Silenced(analysis, canonical)
     for name, labels in analysis.parameters.items():
         carried, masked = np.zeros_like(kept), np.zeros_like(kept)  # of what feeds back a weight has both ends

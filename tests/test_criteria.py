@@ -252,3 +252,14 @@ def test_half_precision_is_summed_in_more() -> None:
     analysis = analysed(net, torch.randn(2, 4096).half())
     assert along(analysis, CRITERIA["l1"](analysis), "0.weight/0").tolist() == [4096.0] * 4
     np.testing.assert_allclose(along(analysis, CRITERIA["l2"](analysis), "0.weight/0"), [64.0] * 4)
+
+
+def test_a_weight_without_gradients_has_no_saliency() -> None:
+    """What is frozen is not worth nothing; nobody knows what it is worth."""
+    model = nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 5), nn.ReLU(), conv(5, 2)).eval()
+    analysis = analyse(capture(model, image()))
+    saliency = {"2.weight": model[2].weight.detach() ** 2}
+    scores = CRITERIA["taylor"](analysis, Evidence(saliency=saliency), produced=True)
+    assert np.isnan(along(analysis, scores, "0.weight/0")).all()
+    expected = array(saliency["2.weight"]).reshape(5, -1).sum(1)
+    np.testing.assert_allclose(along(analysis, scores, "2.weight/0"), expected, rtol=1e-6)

@@ -236,3 +236,11 @@ def test_a_buffer_that_forward_puts_in_place_of_another_is_put_back() -> None:
         model(torch.ones(2, 3))
         assert model.mean is not mean
     assert model.mean is mean and not mean.any() and list(model.state_dict()) == ["mean"]
+
+
+def test_a_buffer_that_cannot_be_written_to_stays() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model.register_buffer("ones", torch.ones(1).expand(8))
+    with put_back(model):
+        model(torch.randn(4, 2))
+    assert not model[1].running_mean.any() and model.ones.tolist() == [1] * 8

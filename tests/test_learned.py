@@ -233,7 +233,7 @@ def test_masked_elements_learn_too() -> None:
     model = linear()
     weight = array(model[0].weight)
     scores = Movement(
-        model, {"0.weight": model[0].weight}, lambda s, _: {n: (v > -1).to(v) for n, v in s.items()}, begin=0, end=1
+        model, {"0.weight": model[0].weight}, lambda s, *_: {n: (v > -1).to(v) for n, v in s.items()}, begin=0, end=1
     )
     scores.scores["0.weight"].data[0] = -2
     before = array(scores.scores["0.weight"])
@@ -273,7 +273,7 @@ def test_soft_movement_leaves_something_of_every_weight(threshold: float) -> Non
     _, masks = MovementPruner(model, [{"op_types": ["Linear"]}], step, sgd, F.mse_loss, 3, **options).compress()
     assert [int(masks[name]["weight"].sum()) for name in "01"] == [2, 1]  # of 240 and 160
     detach_masks(model)
-    kept = Movement(model, {"0.weight": model[0].weight}, lambda s, _: s, begin=0, end=1, threshold=threshold)
+    kept = Movement(model, {"0.weight": model[0].weight}, lambda s, *_: s, begin=0, end=1, threshold=threshold)
     kept.scores["0.weight"].data[3, 2] = 0.1
     kept.scores["0.weight"].data[5, 1] = 0.2 if threshold > 0.6 else -1.0
     masks_now = kept.masks()["0.weight"]
@@ -412,7 +412,7 @@ def test_movement_of_a_tied_weight_is_that_of_all_its_uses() -> None:
 
     weights = {"out.weight": model.out.weight}
     scores = Movement(
-        model, weights, lambda values, share: {n: torch.ones_like(v) for n, v in values.items()}, begin=0, end=1
+        model, weights, lambda values, *_: {n: torch.ones_like(v) for n, v in values.items()}, begin=0, end=1
     )
     seen = []
     scores._optimizer.register_step_pre_hook(lambda *_: seen.append(scores.scores["out.weight"].grad.clone()))
@@ -446,3 +446,56 @@ def test_what_was_masked_before_stays_so_while_it_learns(make: Any, monkeypatch:
     assert min(seen) == 12 and int((model[0].weight == 0).sum()) == 18
     assert all(not found["0.weight"][:2].any() and int((found["0.weight"] != 0).sum()) == 6 for found in projected)
     assert bool(projected) == (make is ADMMPruner)
+
+
+def test_movement_of_a_trainer_with_an_optimizer_of_its_own_is_refused() -> None:
+    def own(model: nn.Module, optimizer: Any, criterion: Any, epoch: int) -> None:
+        step(model, sgd(model.parameters()), criterion, epoch)
+
+    entry = {"op_types": ["Linear"], "sparsity": 0.5}
+    with pytest.raises(TrainingError, match="^trainer: does not step the optimizer that it is given, so that movement"):
+        MovementPruner(linear(), [entry], own, sgd, F.mse_loss).compress()
+
+
+def test_movement_of_half_weights_is_that_of_single_ones() -> None:
+    """An input that is always zero has no gradients, and Adam's eps is zero in half."""
+
+    def kept(kind: torch.dtype) -> Tensor:
+        x, y = X.to(kind), Y.to(kind)
+        x[:, 0] = 0
+
+        def train(model: nn.Module, optimizer: Any, criterion: Any, epoch: int) -> None:
+            for _ in range(20):
+                optimizer.zero_grad()
+                criterion(model(x), y).backward()
+                optimizer.step()
+
+        torch.manual_seed(0)
+        model, entry = linear().to(kind), {"op_types": ["Linear"], "sparsity": 0.5}
+        options = {"training_epochs": 2, "cool_down_beginning_step": 30}
+        MovementPruner(model, [entry], train, sgd, F.mse_loss, **options).compress()
+        return attached_masks(model)["0.weight"].float()
+
+    half, single = kept(torch.half), kept(torch.float32)
+    assert half.sum() == single.sum() == 12 and (half == single).sum() >= 22
+
+
+@pytest.mark.parametrize("owner", ["optimizer", "model"])
+def test_gradients_that_are_thrown_away_do_not_move_scores(owner: str) -> None:
+    def probing(model: nn.Module, optimizer: Any, criterion: Any, epoch: int) -> None:
+        (1000 * criterion(model(X.flip(1)), Y)).backward()
+        (optimizer if owner == "optimizer" else model).zero_grad()
+        step(model, optimizer, criterion, epoch)
+
+    found = []
+    for trainer in (step, probing):
+        torch.manual_seed(0)
+        model = linear()
+        weights = {"0.weight": dict(model.named_parameters())["0.weight"]}
+        scores = Movement(
+            model, weights, lambda values, *_: {n: torch.ones_like(v) for n, v in values.items()}, begin=0, end=1
+        )
+        movement(model, Training(trainer, sgd, F.mse_loss), scores, 3)
+        found.append(array(scores.scores["0.weight"]))
+        assert "zero_grad" not in vars(model)
+    assert np.array_equal(*found) and found[0].any()

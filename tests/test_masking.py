@@ -391,6 +391,18 @@ WRONG: dict[str, tuple[Any, Any, str]] = {
         {"a.weight": SQUARE},
         "held in attribute kept",
     ),
+    "closure": (
+        Keeping(lambda a: (lambda w: lambda x: x @ w)(a.weight)),
+        {"a.weight": SQUARE},
+        "held in attribute kept",
+    ),
+    "method": (Keeping(lambda a: tied(a)[0].forward), {"a.weight": SQUARE}, "held in attribute kept"),
+    "function of a module": (
+        Keeping(lambda a: (lambda layers: lambda x: layers[0](x))(tied(a))),
+        {"a.weight": SQUARE},
+        "held in attribute kept",
+    ),
+    "view": (Keeping(lambda a: a.weight.t()), {"a.weight": SQUARE}, "held in attribute kept"),
     "named": (nn.Sequential(Named()), {"0.weight": SQUARE}, "0 has an attribute mask_of_weight of its own"),
     "renormalised": (nn.Embedding(2, 2, max_norm=1.0), {"weight": SQUARE}, "max_norm"),
 }

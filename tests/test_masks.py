@@ -107,7 +107,7 @@ def test_what_a_shuffle_takes_in_turns_comes_back() -> None:
     ("masks", "message"),
     [
         (None, "^masks: are of type NoneType. Give"),
-        ({"9.weight": torch.ones(3)}, "^9.weight: is masked, but the model uses no parameter of that name"),
+        ({"9.weight": torch.ones(3)}, "^9.weight: is masked, but the model has no parameter of that name"),
         ({"0.weight": torch.ones(8)}, r"^0.weight: the mask has shape \(8,\)"),
         ({"0.weight": torch.full((8, 3, 3, 3), torch.nan)}, "^0.weight: the mask holds nan"),
     ],
@@ -181,3 +181,51 @@ def test_masks_of_one_parameter_that_differ() -> None:
     model[1].weight = model[0].weight
     with pytest.raises(SpeedupError, match=r"^1.weight: is the same parameter as 0.weight, and their masks differ\."):
         ModelSpeedup(model, torch.randn(2, 4), {"0.weight": torch.eye(4), "1.weight": 1 - torch.eye(4)})
+
+
+class Auxiliary(nn.Module):
+    """A head that only training uses, and a layer that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.aux, self.spare, self.d = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.c(x).relu()
+        return (self.d(x), self.aux(x)) if self.training else self.d(x)
+
+
+def test_masks_of_what_the_model_does_not_use_while_it_is_evaluated() -> None:
+    torch.manual_seed(0)
+    model, x = Auxiliary(), torch.randn(4, 8)
+    masks = ones(model)
+    for name in ("c", "aux", "spare"):
+        masks[f"{name}.weight"][[0, 2, 3]], masks[f"{name}.bias"][[0, 2, 3]] = 0, 0
+    masks["aux.weight"][:, 7] = 0
+    small: Any = ModelSpeedup(model.eval(), x, masks).speedup_model()
+    assert small.c.weight.shape == (5, 8) and small.d.weight.shape == (8, 5)
+    dense = masked(model, masks).train()
+    torch.testing.assert_close(small.train()(x), dense(x), rtol=1e-5, atol=1e-6)
+    assert torch.equal(small.spare.weight, dense.spare.weight) and not small.spare.weight[0].any()
+    with pytest.raises(SpeedupError, match=r"^spare.weight: the mask has shape \(3,\), the parameter \(8, 8\)"):
+        ModelSpeedup(model.eval(), x, {"spare.weight": torch.ones(3)})
+
+
+def test_a_weight_that_is_used_both_ways_produces_both_of_its_dimensions() -> None:
+    """A tied autoencoder: what goes of its inputs has to be masked in the weight too, or stays."""
+
+    def build() -> Net:
+        torch.manual_seed(0)
+        layers = {"i": nn.Linear(8, 6), "e": nn.Linear(6, 10), "o": nn.Linear(6, 8)}
+        return Net(lambda n, x: n.o((n.e(n.i(x).relu()).relu() @ n.e.weight).relu()), **layers)
+
+    x = torch.randn(4, 8)
+    masks = ones(build())
+    masks["i.weight"][[1, 4]], masks["i.bias"][[1, 4]] = 0, 0
+    speedup = ModelSpeedup(build(), x, masks)
+    speedup.speedup_model()
+    assert speedup.difference < 1e-5 and not speedup.left_behind and not speedup.plan.tensors
+    masks["e.weight"][:, [1, 4]] = 0
+    speedup = ModelSpeedup(build(), x, masks)
+    small: Any = speedup.speedup_model()
+    assert speedup.difference < 1e-5 and not speedup.left_behind and small.e.weight.shape == (10, 4)

@@ -17,6 +17,7 @@ from graphprune.errors import ConfigError
 from graphprune.evidence import Evidence
 from graphprune.pruners.finding import MaskFinder
 from graphprune.pruners.sparsify import Masks, channel_masks, element_masks, layer_masks
+from speedup.masking import flat_masks
 
 pytestmark = pytest.mark.usefixtures("quiet_and_quick")
 
@@ -317,3 +318,30 @@ def test_activations_and_gradients_are_summed_over_the_set() -> None:
     masks, _ = channel_masks(dependencies, scores, of(model, {"op_names": ["a", "b"], "sparsity": 0.5}))
     expected = sum(array(saliency[f"{name}.weight"]).reshape(8, -1).sum(1) for name in "ab")
     assert kept(masks, "a") == kept(masks, "b") == lowest(np.asarray(expected), 4)
+
+
+@pytest.mark.parametrize("exclude", [{"sparsity": 0.2}, {"exclude": True}])
+def test_a_tied_weight_of_which_less_is_asked_elsewhere_is_not_ranked(exclude: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    asked = of(model, {"op_names": ["0"], "total_sparsity": 0.5}, {"op_names": ["1"], **exclude})
+    for masks in (element_masks(model, asked), layer_masks(model, asked, "l1")):
+        flat = dict(flat_masks(masks))
+        assert all(0.75 <= mask.mean() < 1 for mask in flat.values()) and bool(flat) == ("sparsity" in exclude)
+
+
+def test_parameters_of_a_layer_that_have_other_dimensions_have_no_mask() -> None:
+    class LowRank(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(8, 6)
+            self.down, self.up = nn.Parameter(torch.randn(2, 8)), nn.Parameter(torch.randn(6, 2))
+
+    model = nn.Sequential(LowRank())
+    masks = layer_masks(model, settings(model, sparsity=0.5), "l1")["0"]
+    assert masks.keys() == {"weight", "bias", "up"}
+    assert torch.equal(masks["up"].any(1), masks["weight"].any(1)) and masks["bias"].sum() == 3
+
+
+def test_a_layer_without_outputs() -> None:
+    model = nn.Sequential(nn.Linear(8, 0))
+    assert element_masks(model, settings(model, sparsity=0.5))["0"]["weight"].shape == (0, 8)

@@ -108,3 +108,39 @@ def test_options_of_the_pruner_stay_what_they_are() -> None:
     pruner = TaylorFOWeightPruner(model, HALF, loop.trainer, torch.optim.Adam, F.cross_entropy)
     best, _ = PruningScheduler(pruner, LinearTaskGenerator(2, model, HALF)).compress()
     assert any(bool((parameter == 0).any()) for parameter in best.parameters())
+
+
+def test_a_rewritten_graph_keeps_all_names_of_tied_weights() -> None:
+    class Tied(nn.Module):
+        """Its own code does not fit smaller tensors."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.c, self.d, self.e = conv(3, 8, 1), conv(8, 8, 1), conv(8, 8, 1)
+            self.e.weight = self.d.weight
+            self.f = nn.Linear(128, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.e(self.d(self.c(x).relu()).relu()).relu()
+            return self.f(x.view(-1, 8 * 16))
+
+    torch.manual_seed(0)
+    pruner = LinearPruner(Tied(), HALF, "l1", 2, speedup=True, dummy_input=torch.randn(2, 3, 4, 4))
+    small, _ = pruner.compress()
+    named = dict(small.named_parameters(remove_duplicate=False))
+    assert named["e.weight"] is named["d.weight"] and named["c.weight"].shape == (4, 3, 1, 1)
+
+
+def test_state_that_is_no_tensor_is_no_first_value() -> None:
+    class Named(nn.Conv2d):
+        def get_extra_state(self) -> dict[str, str]:
+            return {"name": "first"}
+
+        def set_extra_state(self, state: dict[str, str]) -> None:
+            assert state == self.get_extra_state()
+
+    model = net()
+    model[0] = Named(3, 8, 3, padding=1)
+    pruner = LinearPruner(model, HALF, "l1", 2)
+    pruner.compress()
+    assert len(pruner.tasks) == 2

@@ -18,7 +18,7 @@ from graphprune.evidence import ACTIVATIONS, NOTHING, Evidence, Observer, put_ba
 from graphprune.pruners.finding import MaskFinder
 from graphprune.pruners.learned import Movement, Weights, admm, movement, slim
 from graphprune.pruners.options import Options
-from graphprune.pruners.sparsify import Masks, by_layer, element_masks
+from graphprune.pruners.sparsify import Masks, by_layer, element_masks, within
 from graphprune.select import Selection
 from graphprune.training import Training
 from graphprune.training.fit import fit
@@ -192,21 +192,15 @@ class Pruner:
         if self.structured:
             named = dict(self.model.named_parameters(remove_duplicate=False))
             with self.finder.holding({name: named[name] * mask for name, mask in gone.items()}):
-                found, self.selection = self.finder.channels(
-                    settings, evidence, scores=self._scores, before=self.selection
-                )
+                found, self.selection = self.finder.channels(settings, evidence, scores=self._scores, gone=gone)
         else:
             asked = {layer: one for layer, one in settings.items() if one.entry.exclude or one.entry.share is not None}
             found = self.finder.elements(asked, scores=self._scores, gone=gone)
             found |= {layer: masks for layer, masks in self._soft.items() if layer not in asked}
-        found = by_layer({name: self._with_those_before(name, mask) for name, mask in flat_masks(found)})
+        found = within(found, self._before)
         attach_masks(self.model, found)
         self.masks.clear()
         self.masks.update(found)
-
-    def _with_those_before(self, name: str, mask: Tensor) -> Tensor:
-        before = (self._before or {}).get(name)
-        return mask if before is None else mask * before.to(mask)
 
     def watch(self) -> None:
         """Begins to look on while somebody else's loop runs the model, if the algorithm looks at more than weights."""
@@ -274,9 +268,9 @@ class Pruner:
     ) -> dict[str, Tensor]:
         """The scores that movement learns."""
 
-        def keep(values: Weights, share: float) -> Weights:
+        def keep(values: Weights, gone: Weights, share: float) -> Weights:
             asked = {layer: one.asking((one.entry.share or 0.0) * share) for layer, one in settings.items()}
-            return self.finder.project(asked, weights, values)
+            return self.finder.project(asked, weights, scores=values, gone=gone)
 
         begin, options = self.options.warm_up_step, self.options
         scores = Movement(

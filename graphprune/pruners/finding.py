@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -13,12 +12,13 @@ from graphprune.dependency import DependencyGraph, find_dependencies
 from graphprune.errors import ConfigError
 from graphprune.evidence import NOTHING, Evidence
 from graphprune.pruners.learned import Weights
-from graphprune.pruners.sparsify import Masks, channel_masks, element_masks, layer_masks
+from graphprune.pruners.sparsify import Masks, channel_masks, element_masks, first_to_go, layer_masks
 from graphprune.select import Selection
 from speedup.analysis import analyse
 from speedup.capture import capture
 from speedup.inputs import ExampleInputs
 from speedup.masking import attach_masks, attached_masks, detach_masks, flat_masks
+from speedup.masks import produced_channels
 
 
 class MaskFinder:
@@ -76,7 +76,7 @@ class MaskFinder:
         evidence: Evidence = NOTHING,
         *,
         scores: Weights | None = None,
-        before: Selection | None = None,
+        gone: Weights | None = None,
     ) -> tuple[Masks, Selection | None]:
         """Masks for channels, and what was chosen of each group.
 
@@ -84,7 +84,7 @@ class MaskFinder:
             settings: What is asked of each layer.
             evidence: What the criterion knows beside the weights.
             scores: Scores of single elements, by qualified name of their weight, instead of the criterion.
-            before: An earlier choice: what was gone then goes first.
+            gone: Masks that there are: channels that are masked out whole go first.
 
         Raises:
             ConfigError: Nothing of what is selected can go, or the criterion needs example inputs.
@@ -93,25 +93,34 @@ class MaskFinder:
         if known is None:
             if name not in (*SLICES, "bn_scale"):
                 raise ConfigError(f"criterion {name!r}: needs example inputs. Give dummy_input.")
-            return layer_masks(self._model, settings, name, together=self.together), None
+            return layer_masks(self._model, settings, name, gone=gone, together=self.together), None
+        masked = gone or {}
+        if scores is not None:
+            scores = {weight: score * masked[weight] if weight in masked else score for weight, score in scores.items()}
         criterion = CRITERIA[name] if scores is None else learned_scores(scores)
         found = criterion(known.analysis, evidence, produced=True)
-        if before is not None:
-            low, high = np.nanmin(found, initial=0.0), np.nanmax(found, initial=0.0)
-            found[~before.live] = low - 1e-9 * ((high - low) or 1.0)
+        if masked:
+            found = first_to_go(found, ~produced_channels(known.analysis, masked))
         masks, selection = channel_masks(
             known, found, settings, together=self.together, relative=not criterion.absolute
         )
         _refuse_if_nothing_can_go(settings, selection)
         return masks, selection
 
-    def project(self, settings: Mapping[str, Setting], values: Weights, scores: Weights | None = None) -> Weights:
+    def project(
+        self,
+        settings: Mapping[str, Setting],
+        values: Weights,
+        *,
+        scores: Weights | None = None,
+        gone: Weights | None = None,
+    ) -> Weights:
         """The masks that are asked of weights with these values; ones where there is none."""
         with self.holding(values):
             masks = (
-                self.elements(settings, scores=scores)
+                self.elements(settings, scores=scores, gone=gone)
                 if self.criterion is None
-                else self.channels(settings, scores=scores)[0]
+                else self.channels(settings, scores=scores, gone=gone)[0]
             )
         aliases: Mapping[str, str] = {} if self._known is None else self._known.analysis.aliases
         found = dict(flat_masks(masks))

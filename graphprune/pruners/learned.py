@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from graphprune.errors import ConfigError
+from graphprune.errors import ConfigError, TrainingError
 from graphprune.evidence import at_first_call
 from graphprune.training import Training
 from graphprune.training.fit import Epoch, fit
@@ -111,6 +111,10 @@ def movement(model: nn.Module, training: Training, scores: "Movement", epochs: i
     optimizer, schedule = training.made(model)
     with scores.during(optimizer):
         fit(model, replace(training, optimizer=optimizer, schedule=schedule), epochs, seed=seed)
+    if not scores.steps:
+        raise TrainingError(
+            "trainer: does not step the optimizer that it is given, so that movement learns nothing. Step that one."
+        )
 
 
 class Movement:
@@ -125,7 +129,7 @@ class Movement:
     that a threshold of 0.5 or more begins with those alone: the scores of what is masked learn all the same.
 
     Attributes:
-        scores: The score of each element, by qualified name of its weight, in its shape.
+        scores: The score of each element, by qualified name of its weight, in its shape and single precision at least.
         steps: Steps that were taken.
     """
 
@@ -133,7 +137,7 @@ class Movement:
         self,
         model: nn.Module,
         weights: Weights,
-        keep: Callable[[Weights, float], Weights],
+        keep: Callable[[Weights, Weights, float], Weights],
         *,
         begin: int,
         end: int,
@@ -146,7 +150,8 @@ class Movement:
         Args:
             model: The model, which gets masks.
             weights: Its parameters that become sparse.
-            keep: From scores and the share of the way to what is wanted, in [0, 1], to masks.
+            keep: From scores, the masks that there were before and the share of the way to what is wanted, in [0, 1],
+                to masks.
             begin: Steps before anything goes.
             end: The step after which the share stays as it is wanted.
             threshold: Of the sigmoid of a score; None for hard masks.
@@ -155,7 +160,10 @@ class Movement:
         """
         self._model, self._weights, self._keep = model, weights, keep
         self._begin, self._end, self._threshold, self._penalty = begin, end, threshold, penalty
-        self.scores = {name: nn.Parameter(torch.zeros_like(weight)) for name, weight in weights.items()}
+        self.scores = {
+            name: nn.Parameter(torch.zeros_like(weight, dtype=_single(weight.dtype)))
+            for name, weight in weights.items()
+        }
         self.steps = 0
         self._before = {name: mask for name, mask in attached_masks(model).items() if name in weights}
         self._optimizer = torch.optim.Adam(self.scores.values(), lr=learning_rate)
@@ -168,20 +176,38 @@ class Movement:
         self._listen()
         handle = optimizer.register_step_post_hook(self._step)
         try:
-            yield
+            with self._clearing(optimizer), self._clearing(self._model):
+                yield
         finally:
             handle.remove()
             detach_masks(self._model, multiply=False)
             attach_masks(self._model, before)
 
+    @contextmanager
+    def _clearing(self, owner: Optimizer | nn.Module) -> Iterator[None]:
+        """Lets gradients of masks go where ``zero_grad()`` throws those of the weights away."""
+        clear = owner.zero_grad
+
+        def both(*args: Any, **kwargs: Any) -> None:
+            for places in self._attached().values():
+                for mask in places:
+                    mask.grad = None
+            clear(*args, **kwargs)
+
+        setattr(owner, "zero_grad", both)  # noqa: B010  # one object's, not the class's
+        try:
+            yield
+        finally:
+            delattr(owner, "zero_grad")
+
     def masks(self) -> dict[str, Tensor]:
         """The masks of the scores as they are, by qualified name of the weight."""
         scores = {name: score.detach() for name, score in self.scores.items()}
-        for name, before in self._before.items():
-            scores[name] = scores[name].masked_fill(before == 0, float(scores[name].min()) - 1)  # these go first
         if self._threshold is None:
-            found = dict(self._keep(scores, self._progress()))
+            found = dict(self._keep(scores, self._before, self._progress()))
         else:
+            for name, before in self._before.items():
+                scores[name] = scores[name].masked_fill(before == 0, float(scores[name].min()) - 1)  # these go first
             found = {name: _above(score, self._threshold) for name, score in scores.items()}
         return {name: mask * self._before[name] if name in self._before else mask for name, mask in found.items()}
 
@@ -221,6 +247,11 @@ class Movement:
                 mask.grad = None
         self._optimizer.step()
         attach_masks(self._model, self.masks())
+
+
+def _single(kind: torch.dtype) -> torch.dtype:
+    """Single precision at least: the eps of Adam is zero in half."""
+    return torch.promote_types(kind, torch.float32)
 
 
 _LEAST = 0.005

@@ -77,7 +77,8 @@ def in_rounds(
     settings, dense = pruner.settings, pruner.model
     current = copy.deepcopy(dense)
     pruner = pruner.following(current)
-    first = {name: tensor.detach().clone() for name, tensor in beneath_masks(current.state_dict()).items()}
+    values = beneath_masks(current.state_dict()).items()
+    first = {name: value.detach().clone() for name, value in values if isinstance(value, torch.Tensor)}
     if rewind and finetune is not None:
         in_place(current, finetune)
     for number in range(1, rounds + 1):

@@ -62,6 +62,11 @@ class SearchOptions(Checked):
     keep_at_least: Share = 0.0
 
     @property
+    def trains(self) -> bool:
+        """Whether candidates are trained."""
+        return False
+
+    @property
     def scores_by(self) -> str:
         """The criterion of ``base_algo``."""
         return ALGORITHMS[self.base_algo].criterion or self.base_algo
@@ -107,6 +112,11 @@ class NetAdaptOptions(SearchOptions):
     sparsity_per_iteration: Step = 0.05
     resource: Literal["weights", "params", "macs", "latency"] = "weights"
 
+    @property
+    def trains(self) -> bool:
+        """Whether candidates are trained."""
+        return self.short_term_fine_tuner is not None
+
 
 class SensitivityOptions(SearchOptions):
     """What pruning by sensitivity takes beside.
@@ -120,6 +130,11 @@ class SensitivityOptions(SearchOptions):
     finetuner: Function | None = None
     sparsity_per_iter: Ratio = 0.1
     acc_drop_threshold: NotNegative = 0.05
+
+    @property
+    def trains(self) -> bool:
+        """Whether candidates are trained."""
+        return self.finetuner is not None
 
 
 class AutoCompressOptions(AnnealingOptions):
@@ -142,6 +157,11 @@ class AutoCompressOptions(AnnealingOptions):
     admm_num_iterations: Count = 30
     admm_training_epochs: Count = 5
     row: NotNegative = 1e-4
+
+    @property
+    def trains(self) -> bool:
+        """Whether candidates are trained."""
+        return True
 
     @property
     def admm(self) -> dict[str, Any]:

@@ -23,14 +23,14 @@ from graphprune.pruners.search_options import (
     SearchOptions,
     SensitivityOptions,
 )
-from graphprune.pruners.sparsify import Masks, masks_of
+from graphprune.pruners.sparsify import Masks, masks_of, within
 from graphprune.search import Found, Space, Trials, amc, annealing, autocompress, netadapt, prune_by_sensitivity
 from graphprune.search.asked import asked_sparsity
 from graphprune.search.candidate import seeded
 from graphprune.search.code import code_of, is_plain
 from graphprune.search.state import digest
 from speedup.inputs import ExampleInputs
-from speedup.masking import attach_masks
+from speedup.masking import attach_masks, attached_masks
 from speedup.repair import repaired
 
 Evaluator = Callable[..., Any]
@@ -74,6 +74,10 @@ class SearchPruner:
         self.options = self.takes.of({"evaluator": evaluator, **options})
         self._model, self._evaluator = model, evaluator
         self._settings = read_config_list(model, config_list, shares=self.shares)
+        if self.options.trains and attached_masks(model):
+            raise ConfigError(
+                "model: has masks, and the models that the search trains have none. Take them out with detach_masks."
+            )
         self.found: Found | None = None
 
     def compress(self) -> tuple[nn.Module, Masks]:
@@ -83,7 +87,7 @@ class SearchPruner:
         result = self.found.result
         dense = result.dependencies.analysis.captured.model
         self._model.load_state_dict(dense.state_dict())
-        masks = masks_of(result.dependencies, result.selection)
+        masks = within(masks_of(result.dependencies, result.selection), attached_masks(self._model))
         attach_masks(self._model, masks)
         return self._model, masks
 

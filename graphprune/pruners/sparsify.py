@@ -14,7 +14,8 @@ from graphprune.dependency import DependencyGraph
 from graphprune.errors import ConfigError
 from graphprune.select import Selection, select
 from graphprune.targets import lowest_together, removed
-from speedup.labels import support
+from speedup.labels import Mask, support
+from speedup.masking import flat_masks
 
 Masks = dict[str, dict[str, Tensor]]
 """By layer and by parameter of it a tensor of the parameter's shape: 1 where it stays, 0 where it is masked out."""
@@ -42,7 +43,8 @@ def element_masks(
         block: Sizes of the blocks that go whole, by their mean, aligned to the last dimensions of a weight; single
             elements if empty.
         scores: By qualified name of a weight a tensor of its shape, instead of its absolute values.
-        gone: By qualified name of a weight a mask that it has already: what is masked out goes first.
+        gone: By qualified name of a weight a mask that it has already: what is masked out counts as zero, and goes
+            first, of blocks those that are masked out whole.
         together: Whether a share is one of all layers of an entry, even where that does not say so.
 
     Raises:
@@ -84,9 +86,12 @@ def tensor_masks(
     values: dict[str, Tensor] = {}
     for name in {id(weight): name for name, weight in weights.items()}.values():
         value = (weights[name].detach().abs() if scores is None else scores[name]).double()
-        if gone is not None and name in gone:
-            value = value.masked_fill(gone[name] == 0, -math.inf)
-        values[name] = _blocked(name, value, block)
+        if gone is None or name not in gone:
+            values[name] = _blocked(name, value, block)
+        else:
+            stays = (gone[name] != 0).to(value)
+            found = _blocked(name, value * stays, block)
+            values[name] = found.masked_fill(_blocked(name, stays, block) == 0, -math.inf)
     counts = _counts(values, dict.fromkeys(values, 1.0), entry, together=together)
     return {name: _stretched(_without_lowest(values[name], count), weights[name]) for name, count in counts.items()}
 
@@ -136,7 +141,14 @@ def masks_of(dependencies: DependencyGraph, selection: Selection) -> Masks:
     return by_layer(masks)
 
 
-def layer_masks(model: nn.Module, settings: Mapping[str, Setting], criterion: str, *, together: bool = False) -> Masks:
+def layer_masks(
+    model: nn.Module,
+    settings: Mapping[str, Setting],
+    criterion: str,
+    *,
+    gone: Mapping[str, Tensor] | None = None,
+    together: bool = False,
+) -> Masks:
     """Returns masks for output channels, each layer by itself: for models of which no example inputs are known.
 
     Layers that are coupled may lose different channels; :class:`speedup.ModelSpeedup` keeps what any of them keeps. A
@@ -146,6 +158,7 @@ def layer_masks(model: nn.Module, settings: Mapping[str, Setting], criterion: st
         model: The model.
         settings: What is asked of each layer.
         criterion: A name in :data:`~graphprune.criteria.SLICES`, or ``bn_scale``, for which layers are norms.
+        gone: By qualified name of a weight a mask that it has already: channels that are masked out whole go first.
         together: Whether a share is one of all layers of an entry, even where that does not say so.
 
     Raises:
@@ -158,6 +171,10 @@ def layer_masks(model: nn.Module, settings: Mapping[str, Setting], criterion: st
     masks: Masks = {}
     for entry, layers in _by_entry(settings):
         scores = {layer: _channel_scores(layer, modules[layer], criterion) for layer in layers}
+        for layer, mask in ((layer, (gone or {}).get(f"{layer}.weight")) for layer in layers):
+            if mask is not None:
+                stays = _outputs_first(modules[layer], mask).flatten(1).any(1) if mask.dim() > 1 else mask != 0
+                scores[layer] = torch.from_numpy(first_to_go(scores[layer].cpu().numpy(), ~stays.cpu().numpy()))
         shared = {layer: parameters[f"{layer}.weight"] for layer in layers}
         asked = [layer for layer in layers if least[id(shared[layer])].asks_like(settings[layer])]
         first = {id(shared[layer]): layer for layer in reversed(asked) if id(shared[layer]) not in chosen}
@@ -173,7 +190,7 @@ def layer_masks(model: nn.Module, settings: Mapping[str, Setting], criterion: st
                 masks[layer] = {
                     name: _spread(channels, modules[layer], parameter)
                     for name, parameter in modules[layer].named_parameters(recurse=False)
-                    if parameter.dim() > 1 or parameter.shape == channels.shape
+                    if _has_channels(modules[layer], parameter, len(channels))
                 }
     return masks
 
@@ -181,6 +198,19 @@ def layer_masks(model: nn.Module, settings: Mapping[str, Setting], criterion: st
 def outputs_along(layer: nn.Module) -> int:
     """Returns the dimension of a layer's weight that has the channels which it produces."""
     return int(isinstance(layer, _OUTPUTS_LAST))
+
+
+def first_to_go(scores: Scores, gone: Mask) -> Scores:
+    """Returns scores in which what is ``gone`` has one below all others, in any ranking with the scores of others."""
+    low, high = (float(of(scores, initial=0.0)) for of in (np.nanmin, np.nanmax))
+    return np.where(gone, low - 1e-9 * ((high - low) or 1.0), scores)
+
+
+def within(masks: Masks, before: Mapping[str, Tensor]) -> Masks:
+    """Returns masks times those, by qualified name, that were there before."""
+    return by_layer(
+        {name: mask * before[name].to(mask) if name in before else mask for name, mask in flat_masks(masks)}
+    )
 
 
 def by_layer(masks: Mapping[str, Tensor]) -> Masks:
@@ -226,7 +256,7 @@ def _counts(
 ) -> dict[str, int]:
     """How many of the values go of each layer: its share of them, or by one ranking of all; but never all."""
     share = entry.share or 0.0
-    if entry.total_sparsity is None and not together:
+    if not values or (entry.total_sparsity is None and not together):
         return {name: removed(value.numel(), share) for name, value in values.items()}
     most = [min(int(entry.max_sparsity_per_layer * v.numel() + 1e-9), v.numel() - 1) for v in values.values()]
     scores = [value.reshape(-1).cpu().numpy() for value in values.values()]
@@ -272,7 +302,7 @@ def _blocked(name: str, values: Tensor, block: Sequence[int]) -> Tensor:
 def _stretched(mask: Tensor, weight: Tensor) -> Tensor:
     """A mask of blocks as one of single elements."""
     for dim, (blocks, size) in enumerate(zip(mask.shape, weight.shape, strict=True)):
-        mask = mask.repeat_interleave(size // blocks, dim)
+        mask = mask.repeat_interleave(size // max(blocks, 1), dim)
     return mask.to(weight)
 
 
@@ -301,6 +331,14 @@ def _outputs_first(layer: nn.Module, weight: Tensor) -> Tensor:
     if not outputs_along(layer):
         return weight
     return torch.unflatten(weight, 0, (int(getattr(layer, "groups", 1)), -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _has_channels(layer: nn.Module, parameter: Tensor, channels: int) -> bool:
+    """Whether a parameter of a layer has something for each channel that it produces."""
+    if parameter.dim() < 2:
+        return parameter.dim() == 1 and len(parameter) == channels
+    along = outputs_along(layer)
+    return parameter.shape[along] * (int(getattr(layer, "groups", 1)) if along else 1) == channels
 
 
 def _spread(channels: Tensor, layer: nn.Module, parameter: Tensor) -> Tensor:
