@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import AliasChoices, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import nn
 
-from graphprune.config import Typed, closest
-from graphprune.errors import ConfigError
+from graphprune.config import Typed, closest, fact_of
+from graphprune.errors import ConfigError, shown
 from graphprune.groups import ChannelGroup
 from graphprune.targets import Target
 from speedup.analysis import Analysis
@@ -91,9 +91,10 @@ class Entry(Typed):
     def _makes_sense(self) -> "Entry":
         if self.sparsity is not None and self.total_sparsity is not None:
             raise ValueError("has both sparsity and total_sparsity. Give one of them")
-        if self.total_sparsity is not None and self.total_sparsity > self.max_sparsity_per_layer:
+        if (self.share or 0.0) > self.max_sparsity_per_layer:
+            name = "sparsity" if self.total_sparsity is None else "total_sparsity"
             raise ValueError(
-                f"asks for a total_sparsity of {self.total_sparsity} that max_sparsity_per_layer "
+                f"asks for a {name} of {self.share} that max_sparsity_per_layer "
                 f"{self.max_sparsity_per_layer} cannot reach. Raise the latter, or ask for less"
             )
         if self.exclude and (self.sparsity is not None or self.total_sparsity is not None):
@@ -164,6 +165,8 @@ def read_config_list(
     """
     if isinstance(config_list, Mapping | str) or not isinstance(config_list, Sequence) or not config_list:
         raise ConfigError(f"config_list {config_list!r:.60}: is no list of entries. Give a list of dictionaries.")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model: is {shown(model)}. Give a torch.nn.Module.")
     layers = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     settings: dict[str, Setting] = {}
     for position, values in enumerate(config_list):
@@ -182,6 +185,11 @@ def _entry(position: int, values: Mapping[str, Any]) -> Entry:
         raise ConfigError(
             f"config_list[{position}]: is {values!r:.60}. Give a dictionary, such as {{'sparsity': 0.5}}."
         )
+    for key in values:
+        if not isinstance(key, str):
+            raise ConfigError(
+                f"config_list[{position}]: {key!r:.60} is no key of an entry. Use names such as 'sparsity'."
+            )
     if len(given := [name for name in _NAMES_OF_SPARSITY if name in values]) > 1:
         raise ConfigError(f"config_list[{position}]: {' and '.join(given)} are names of one key. Give one of them.")
     try:
@@ -197,10 +205,7 @@ def _entry(position: int, values: Mapping[str, Any]) -> Entry:
             raise ConfigError(
                 f"{subject}: {key!r} is no key of an entry{closest(key, known)}. Use some of {', '.join(known)}."
             ) from error
-        why = (
-            first["ctx"]["error"] if first["type"] == "value_error" else f"{first['msg'][0].lower()}{first['msg'][1:]}"
-        )
-        raise ConfigError(f"{subject}: {key} {values.get(key)!r} {why}.") from error
+        raise ConfigError(f"{subject}: {key} {values.get(key)!r:.60} {fact_of(first)}.") from error
 
 
 def _selected(position: int, entry: Entry, layers: Mapping[str, nn.Module]) -> list[str]:
@@ -289,6 +294,7 @@ def target_of(
                 initial=first.entry.initial_sparsity,
             )
         least = min((one.entry for one in asked.values()), key=lambda entry: entry.share or 0.0)
-        return Target(least.share or 0.0, initial=least.initial_sparsity)
+        most = min(one.entry.max_sparsity_per_layer for one in asked.values())
+        return Target(least.share or 0.0, most=most, initial=least.initial_sparsity)
 
     return target

@@ -133,8 +133,22 @@ def check_free(folder: Path, *, force: bool) -> None:
         raise ConfigError(f"{folder}: is a file. Use another --out.")
     if not force:
         raise ConfigError(f"{folder}: exists. Use --force to replace it, or another --out.")
-    if any(folder.iterdir()) and not all((folder / name).is_file() for name in (PLAN, REPORT)):
+    if not any(folder.iterdir()):
+        return
+    if not all((folder / name).is_file() for name in (PLAN, REPORT)):
         raise ConfigError(f"{folder}: holds something else than a compressed model. Use another --out.")
+    own = {*FILES, *_said_to_hold(folder / REPORT)}
+    for path in sorted(folder.iterdir()):
+        if path.name not in own:
+            raise ConfigError(f"{path}: is no part of the compressed model and would be lost. Use another --out.")
+
+
+def _said_to_hold(report: Path) -> list[str]:
+    """The files of which a report speaks; none if it cannot be read."""
+    try:
+        return list(json.loads(report.read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def load(folder: Path | str, model: nn.Module, example_inputs: ExampleInputs | None = None) -> nn.Module:

@@ -13,7 +13,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -52,7 +52,8 @@ class Source:
         training: How such a model is trained; None if there is no such function.
         modules: Its module, and those imported from the same folder or from others that its code puts on ``sys.path``:
             other processes cannot import them.
-        code: Digest of the code in the file that all of this comes from; comments and blanks do not count.
+        code: Digest of the code of the file that all of this comes from, and of what that has imported from its folder;
+            comments and blanks do not count.
         folder: Where its code finds what it imports.
     """
 
@@ -131,6 +132,7 @@ def load_source(
     example = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), example)
     evaluate = getattr(module, "evaluate", None)
     training = _training(module, folder, text)
+    modules = (*((module,) if path else ()), *_modules_from(homes))
     return Source(
         name=name.rpartition(".")[2] or Path(str(module.__file__)).stem,
         text=text,
@@ -138,8 +140,8 @@ def load_source(
         example_inputs=example,
         evaluate=_guarded(evaluate, folder, text) if callable(evaluate) else None,
         training=training,
-        modules=(*((module,) if path else ()), *_modules_from(homes)),
-        code=_digest(module),
+        modules=modules,
+        code=_digest((module, *modules)),
         folder=folder,
     )
 
@@ -160,13 +162,19 @@ def load_skeleton(text: str, *, inputs: Sequence[str] = (), seed: int = 0) -> tu
     return name.rpartition(".")[2] or Path(str(module.__file__)).stem, skeleton, example
 
 
-def _digest(module: ModuleType) -> str:
-    """Returns the SHA-256 of what the code of a module means; nothing for one whose code is not there."""
-    try:
-        text = inspect.getsource(module)
-    except (OSError, TypeError):
-        return ""
-    return hashlib.sha256(ast.dump(ast.parse(text)).encode()).hexdigest()
+def _digest(modules: Sequence[ModuleType]) -> str:
+    """Returns the SHA-256 of what the code of modules means; of those whose code is there."""
+    found = {}
+    for module in modules:
+        with suppress(OSError, TypeError):
+            found[module.__name__] = ast.dump(ast.parse(inspect.getsource(module)))
+    return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()
+
+
+def file_of(text: str) -> Path | None:
+    """Returns the file that the name of a model means; None for ``package.module:name``."""
+    stem, _, _ = text.rpartition(":")
+    return next((Path(name) for name in (text, stem) if name.endswith(".py")), None)
 
 
 def _split(text: str) -> tuple[Path | None, str]:

@@ -250,10 +250,10 @@ def _held(value: Any, reached: Set[nn.Module], seen: set[int]) -> Iterator[Any]:
         elif isinstance(leaf, MethodType):
             yield from _held((leaf.__self__, leaf.__func__), reached, seen)
         elif isinstance(leaf, FunctionType):
-            yield from _held((leaf.__defaults__, leaf.__kwdefaults__, list(_closed_over(leaf))), reached, seen)
+            yield from _held((leaf.__defaults__, leaf.__kwdefaults__, list(closed_over(leaf))), reached, seen)
 
 
-def _closed_over(function: FunctionType) -> Iterator[Any]:
+def closed_over(function: FunctionType) -> Iterator[Any]:
     """What a function knows of the functions around it; a name that has no value yet is left out."""
     for cell in function.__closure__ or ():
         with suppress(ValueError):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,11 +158,61 @@ def test_a_journal_is_of_its_epochs_and_its_code(place: Path) -> None:
     assert line.startswith("j.jsonl: is the journal of another search (the code of its model, its training or its eva")
 
 
-def test_a_search_that_cannot_reach_its_budget_ends_before_it_begins(place: Path) -> None:
-    words = ("compress", "net.py", "--no-bench", "--round-to", 1, "--search", "netadapt", "--sparsity", 0.9)
-    line = complaint(run(*words, "--min-channels", 24))
-    assert line.startswith("target: 0.100 of the macs may be left, and 0.579 stay even where every group gives all")
+def test_a_journal_is_of_the_code_that_its_model_imports(place: Path) -> None:
+    words = ("sensitivity", "net.py", "--share", 0.5, "--journal", "j.jsonl")
+    (place / "net.py").write_text(
+        LEARNS.replace("def evaluate(model):", "import factor_of_net\n\ndef evaluate(model):")
+    )
+    (place / "factor_of_net.py").write_text("FACTOR = 1.0\n")
+    assert run(*words).exit_code == 0
+    sys.modules.pop("factor_of_net")
+    (place / "factor_of_net.py").write_text("FACTOR = 20.0\n")
+    assert complaint(run(*words)).startswith("j.jsonl: is the journal of another search (the code of its model")
+    sys.modules.pop("factor_of_net")
+
+
+@pytest.mark.parametrize(
+    ("search", "least"),
+    [
+        ("netadapt", "0.579 stay"),
+        ("sensitivity", "0.750 stay"),
+        ("autocompress", "0.750 stay"),
+        ("annealing", "0.750 stay"),
+    ],
+)
+def test_a_search_that_cannot_reach_its_target_ends_before_it_begins(place: Path, search: str, least: str) -> None:
+    words = ("compress", "net.py", "--no-bench", "--round-to", 1, "--search", search, "--sparsity", 0.9)
+    line = complaint(run(*words, "--min-channels", 24, "--journal", "j"))
+    assert line.startswith("target: 0.100 of the ") and f"may be left, and {least} even where every group gives" in line
     assert not (place / "net-pruned").exists()
+    assert not (place / "j").exists() or len((place / "j").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("search", ["netadapt", "amc", "annealing"])
+def test_a_search_for_nothing(search: str) -> None:
+    line = complaint(run("compress", "net.py", "--no-bench", "--search", search, "--sparsity", 0))
+    assert line == "sparsity 0: leaves nothing to search for. Ask for a share such as 0.5."
+
+
+def test_a_report_says_what_was_asked() -> None:
+    assert report("--search", "netadapt", "--sparsity", 0.3)["request"]["sparsity"] == 0.3
+    rounds = report("--schedule", "linear", "--rounds", 2, "--sparsity", 0.3, "--round-to", 16, "--out", "rounds")
+    assert rounds["request"]["sparsity"] == 0.3
+
+
+def test_what_is_read_is_not_replaced(place: Path) -> None:
+    words = ("compress", "net.py", "--no-bench", "--round-to", 1)
+    assert run(*words).exit_code == 0
+    told = "j: is named for something else as well. Name another file."
+    for journal, line in (
+        ("net-pruned/j", "net-pruned/j: is in net-pruned, which is replaced as a whole. Name another file."),
+        ("net.py", told.replace("j:", "net.py:")),
+    ):
+        assert complaint(run(*words, "--force", "--schedule", "linear", "--journal", journal)) == line
+    (place / "net-pruned" / "net.py").write_text(LEARNS)
+    line = complaint(run("compress", "net-pruned/net.py", "--no-bench", "--force", "--out", "net-pruned"))
+    assert line == "net-pruned/net.py: is no part of the compressed model and would be lost. Use another --out."
+    assert (place / "net-pruned" / "net.py").read_text() == LEARNS
 
 
 def test_a_search_that_misses_its_target_says_so(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,6 +313,16 @@ def test_a_table_that_cannot_be_written(place: Path, monkeypatch: pytest.MonkeyP
         ("--plot", "x.txt", "x.txt: no plot has the suffix '.txt'. Use .svg, .png or .pdf."),
     ):
         assert complaint(run("sensitivity", "net.py", option, name)) == told
+    (place / "link.csv").symlink_to(place / "net.py")
+    for words in (
+        ("net.py:build_model", "--csv", "net.py"),
+        ("net.py", "--csv", f"{place}/../{place.name}/net.py"),
+        ("net.py", "--csv", "link.csv"),
+    ):
+        assert (
+            complaint(run("inspect", *words)) == f"{words[2]}: is named for something else as well. Name another file."
+        )
+    assert (place / "net.py").read_text() == LEARNS
     told = "x.svg: is named for something else as well. Name another file."
     assert complaint(run("sensitivity", "net.py", "--csv", "x.svg", "--plot", "x.svg")) == told
     assert complaint(run("inspect", "net.py", "--csv", "x.svg", "--csv-groups", "x.svg")) == told

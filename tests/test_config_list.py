@@ -9,6 +9,7 @@ from torch import nn
 
 import graphprune
 from graphprune.config_list import read_config_list, target_of
+from graphprune.dependency import trace
 from graphprune.errors import ConfigError
 from graphprune.targets import Target
 
@@ -218,6 +219,16 @@ def test_a_tied_weight_is_selected_by_any_of_its_names() -> None:
             [{"op_types": ["Conv2d"], "total_sparsity": 0.5, "max_sparsity_per_layer": 0}],
             r"^config_list\[0\]: max_sparsity_per_layer 0 is not in \(0, 1\]",
         ),
+        (
+            [{"op_types": ["Conv2d"], "sparsity": 0.5, "max_sparsity_per_layer": 0.3}],
+            r"^config_list\[0\]: asks for a sparsity of 0.5 that max_sparsity_per_layer 0.3 cannot reach. Raise the latter",
+        ),
+        ([{"op_types": 3, "sparsity": 0.5}], r"^config_list\[0\]: op_types 3 is no list. Give one, in brackets.$"),
+        ([{3: 1}], r"^config_list\[0\]: 3 is no key of an entry. Use names such as 'sparsity'.$"),
+        (
+            [{"op_types": ["Conv2d"], "sparsity": "half"}],
+            r"^config_list\[0\]: sparsity 'half' is no number. Use one such",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(config_list: Any, message: str) -> None:
@@ -231,6 +242,19 @@ def test_a_model_that_is_one_layer_says_so() -> None:
         ConfigError, match="selects no layer with weights. The model is one layer without a name: put it"
     ):
         read_config_list(nn.Linear(4, 4), [{"op_types": ["Linear"], "sparsity": 0.5}])
+
+
+def test_what_is_no_model() -> None:
+    with pytest.raises(ConfigError, match="^model: is 'm'. Give a torch.nn.Module.$"):
+        read_config_list("m", [{"op_types": ["Conv2d"], "sparsity": 0.5}])  # type: ignore[arg-type]
+
+
+def test_a_limit_of_a_layer_holds_for_searches_too() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1))
+    settings = read_config_list(model, [{"op_names": ["0"], "sparsity": 0.5, "max_sparsity_per_layer": 0.6}])
+    dependencies = trace(model, torch.randn(1, 3, 4, 4))
+    target = target_of(dependencies.analysis, settings)
+    assert {one.most for group in dependencies.groups if isinstance(one := target(group), Target)} == {0.6}
 
 
 def test_a_search_finds_the_shares_itself() -> None:

@@ -5,8 +5,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,15 +74,22 @@ def space() -> Space:
 
 
 class Counting:
-    """An evaluator that remembers how often it was asked, and stops the search at one of the calls."""
+    """An evaluator that remembers how often it was asked, and stops the search at one of the calls.
+
+    Both are nothing that its score depends on, and kept where a journal does not look.
+    """
 
     def __init__(self, stop: int | None = None) -> None:
-        self.calls, self.stop = 0, stop
+        self._own = SimpleNamespace(calls=0, stop=stop)
+
+    @property
+    def calls(self) -> int:
+        return self._own.calls
 
     def __call__(self, model: nn.Module) -> float:
-        if self.calls == self.stop:
+        if self._own.calls == self._own.stop:
             raise KeyboardInterrupt
-        self.calls += 1
+        self._own.calls += 1
         return fit(model)
 
 
@@ -176,6 +184,35 @@ def test_weights_of_killed_runs_go_in_the_end(space: Space, tmp_path: Path) -> N
     assert set(tmp_path.iterdir()) == kept | {tmp_path / "journal.jsonl.mine.safetensors"}
 
 
+def test_weights_that_lie_beside_a_new_journal_are_not_its_own(space: Space, tmp_path: Path) -> None:
+    def run(journal: Path, tune: Callable[[nn.Module], None]) -> Found:
+        return netadapt(Trials(space, fit, journal=journal), 0.6, step=0.2, finetune=tune)
+
+    def twice(model: nn.Module) -> None:
+        jiggle(model)
+        jiggle(model)
+
+    first = run(tmp_path / "one", jiggle)
+    with pytest.raises(
+        ConfigError, match="another search .its finetune was another.. Use another file, or delete this"
+    ):
+        run(tmp_path / "one", twice)
+    (tmp_path / "one").unlink()
+    assert list(tmp_path.glob("one.*.safetensors"))
+    again, expected = run(tmp_path / "one", twice), run(tmp_path / "two", twice)
+    assert same(again, expected) and not same(again, first)
+
+
+def test_a_part_of_a_weight_file_is_none(space: Space, tmp_path: Path) -> None:
+    run, journal = SEARCHES["netadapt"], tmp_path / "journal.jsonl"
+    expected = run(Trials(space, fit, journal=journal))
+    kept = {file: file.read_bytes() for file in tmp_path.glob("journal.jsonl.*.safetensors")}
+    for file, data in kept.items():
+        file.write_bytes(data[:-10])
+    assert same(run(Trials(space, fit, journal=journal)), expected)
+    assert {file: file.read_bytes() for file in kept} == kept
+
+
 def test_the_journal_of_something_else_is_refused(space: Space, tmp_path: Path) -> None:
     journal = tmp_path / "journal.jsonl"
     annealing(Trials(space, fit, journal=journal), 0.4, schedule=Schedule(start=20, tries=1))
@@ -193,6 +230,7 @@ def test_the_journal_of_something_else_is_refused(space: Space, tmp_path: Path) 
     assert refused(Trials(space, fit, journal=journal, seed=1)).startswith("(seed 0, not 1).")
     assert refused(Trials(space, fit, journal=journal, minimize=True)).startswith("(minimize False, not True).")
     assert refused(Trials(chain_space(6, 9), fit, journal=journal)).startswith("(its model, weights or limits are")
+    assert refused(Trials(space, lambda model: 7.0, journal=journal)).startswith("(the code of its model, its training")
     with pytest.raises(ConfigError, match="search 'annealing', not 'sensitivity'"):
         sensitivity(Trials(space, fit, journal=journal), (0.5,))
 

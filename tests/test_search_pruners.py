@@ -164,7 +164,7 @@ WRONG_SEARCHES: tuple[tuple[str, tuple[Any, ...], dict[str, Any], str], ...] = (
     ("AMCPruner", (score,), {"channel_round": 1.5}, "channel_round 1.5: input should be a valid integer"),
     ("AMCPruner", (score,), {"lbound": -1}, "lbound -1: is not in [0, 1]."),
     ("AMCPruner", (score,), {"train_episode": "many"}, "train_episode 'many': input should be a valid integer"),
-    ("AMCPruner", (score,), {"train_episode": 5}, "episodes: 5 with 100 to warm up"),
+    ("AMCPruner", (score,), {"train_episode": 5}, "of 5 episodes 100 are to warm up, so that nothing is learnt. Give a"),
     ("AutoCompressPruner", (5, score), {}, "trainer 5: is no function. Give one that trains a model for an epoch."),
     ("AutoCompressPruner", (trainer, score), {"num_iterations": "many"}, "num_iterations 'many': input should be a valid int"),
     ("AutoCompressPruner", (trainer, score), {"optimizer": sgd}, "criterion: is None, so that no penalty can be added"),
@@ -227,6 +227,44 @@ def test_a_journal_is_that_of_its_options_and_functions(
     assert again.found.history == first.found.history
     with pytest.raises(ConfigError, match="is the journal of another search"):
         make(*others).compress()
+
+
+def test_a_journal_is_that_of_the_arguments_of_its_evaluator(tmp_path: Path) -> None:
+    def some(model: nn.Module, limit: int) -> float:
+        with torch.no_grad():
+            return -float(F.cross_entropy(model(X[:limit]), Y[:limit]))
+
+    def run(limit: int) -> Any:
+        pruner = searched(some, experiment_data_dir=tmp_path)
+        pruner.compress(eval_kwargs={"limit": limit})
+        return pruner.found.history
+
+    assert run(8) == run(8)
+    with pytest.raises(ConfigError, match="is the journal of another search"):
+        run(32)
+
+
+def test_a_journal_is_that_of_the_size_of_its_inputs(tmp_path: Path) -> None:
+    options = {"sparsity_per_iteration": 0.3, "experiment_data_dir": tmp_path}
+    for inputs in (X[:2], torch.randn(2, 3, 6, 6)):
+        pruners.NetAdaptPruner(small(), [SOME], None, score, dummy_input=inputs, **options).compress()
+    with pytest.raises(ConfigError, match="is the journal of another search .its model, weights or limits are others"):
+        pruners.NetAdaptPruner(small(), [SOME], None, score, dummy_input=torch.randn(2, 3, 8, 8), **options).compress()
+
+
+def test_the_seed_is_that_of_training_in_autocompress() -> None:
+    drawn: list[list[int]] = []
+
+    def trains(model: nn.Module, optimizer: torch.optim.Optimizer, criterion: Any, epoch: int) -> None:
+        drawn[-1].extend(torch.randperm(1000)[:2].tolist())
+        trainer(model, optimizer, criterion, epoch)
+
+    for seed in (0, 1, 0):
+        drawn.append([])
+        options = {"optimizer": sgd, "criterion": F.cross_entropy, "num_iterations": 1, "admm_num_iterations": 1}
+        options |= {"admm_training_epochs": 1, "stop_temperature": 95, "seed": seed}
+        pruners.AutoCompressPruner(small(), [SOME], trains, score, X[:2], **options).compress()
+    assert drawn[0] == drawn[2] != drawn[1] and drawn[0]
 
 
 def test_an_evaluator_that_turns_gradients_off() -> None:

@@ -99,7 +99,7 @@ def show(what: Any) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(shown)
 
 
-def check_places(outputs: Sequence[Path | None], inputs: Sequence[Path | str | None] = ()) -> None:
+def check_places(outputs: Sequence[Path | None], inputs: Sequence[Path | None] = ()) -> None:
     """Refuses files that cannot be made, before the work for what should be in them is done.
 
     Args:
@@ -109,25 +109,36 @@ def check_places(outputs: Sequence[Path | None], inputs: Sequence[Path | str | N
     Raises:
         ConfigError: One is a folder or in none, or is named twice.
     """
-    seen = {Path(path).absolute() for path in inputs if path is not None}
+    seen = {path.resolve() for path in inputs if path is not None}
     for path in filter(None, outputs):
         if path.is_dir() or not path.absolute().parent.is_dir():
             fact = "is a folder" if path.is_dir() else f"there is no folder {path.absolute().parent} to make it in"
             raise ConfigError(f"{path}: {fact}. Name another file.")
-        if path.absolute() in seen:
+        if path.resolve() in seen:
             raise ConfigError(f"{path}: is named for something else as well. Name another file.")
-        seen.add(path.absolute())
+        seen.add(path.resolve())
+
+
+def check_outside(folder: Path, path: Path | None) -> None:
+    """Refuses a file in a folder that is going to be replaced as a whole.
+
+    Raises:
+        ConfigError: It is in there.
+    """
+    if path is not None and path.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(f"{path}: is in {folder}, which is replaced as a whole. Name another file.")
 
 
 def write(path: Path, text: str) -> None:
     """Writes a text file whole, or leaves what is there; a pipe or terminal just gets it."""
-    draft = path.with_name(f".{path.name}-new-{os.getpid()}")
+    target = path.resolve()  # of a link
+    draft = target.with_name(f".{target.name}-new-{os.getpid()}")
     try:
         if path.exists() and not path.is_file():
             path.write_text(text, encoding="utf-8")
         else:
             draft.write_text(text, encoding="utf-8")
-            draft.replace(path)
+            draft.replace(target)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror or error}). Name another file.") from error
     finally:

@@ -9,7 +9,20 @@ import typer
 
 from graphprune import tables
 from graphprune.checkpoints.stream import deliver_checkpoint
-from graphprune.cli.app import AsJson, Device, Inputs, Model, Seed, Threads, Weights, app, show, silent_stdout
+from graphprune.cli.app import (
+    AsJson,
+    Device,
+    Inputs,
+    Model,
+    Seed,
+    Threads,
+    Weights,
+    app,
+    check_outside,
+    check_places,
+    show,
+    silent_stdout,
+)
 from graphprune.config import Request, read_request
 from graphprune.config_file import read_config_file
 from graphprune.criteria import CRITERIA
@@ -20,7 +33,7 @@ from graphprune.lpot.delivery import deliver_pruned
 from graphprune.progress import StageDisplay
 from graphprune.schedule import SCHEDULES
 from graphprune.search.finder import SEARCHES, Finder, finder_of
-from graphprune.source import load_skeleton, load_source
+from graphprune.source import file_of, load_skeleton, load_source
 from speedup.latency import DEFAULT_LIMITS
 
 
@@ -129,6 +142,8 @@ def compress_command(
         "workers": workers,
     }
     request, find = _asked(context, options, finding, config)
+    notes = None if find is None else find.journal
+    check_places((notes,), (file_of(model), weights, config))
     seed = seed if isinstance(request, Path) else request.seed
     given = {
         "--search": find is not None and find.search,
@@ -166,6 +181,7 @@ def compress_command(
         progress("load")
         source = load_source(model, inputs=inputs or (), weights=weights, seed=seed, device=device)
         folder = out or Path(f"{source.name}-pruned")
+        check_outside(folder, notes)
         if isinstance(request, Path):
             work = partial(deliver_pruned, source, folder, request, seed=seed, strict=strict)
         else:

@@ -27,7 +27,7 @@ from graphprune.progress import StageDisplay
 from graphprune.report import describe_groups
 from graphprune.search.finder import analysed
 from graphprune.search.sensitivity import SHARES
-from graphprune.source import load_source
+from graphprune.source import file_of, load_source
 
 
 @app.command("inspect")
@@ -46,7 +46,7 @@ def inspect_command(
     as_json: AsJson = False,
 ) -> None:
     """Show the channel groups of MODEL: what goes together, and what is pinned and why."""
-    check_places((graph, csv, csv_groups), (model, weights))
+    check_places((graph, csv, csv_groups), (file_of(model), weights))
     with silent_stdout(as_json):
         source = load_source(model, inputs=inputs or (), weights=weights, seed=seed, device=device)
         dependencies = trace(source.model, source.example_inputs)
@@ -80,7 +80,7 @@ def sensitivity_command(
     as_json: AsJson = False,
 ) -> None:
     """Show the score of MODEL at each share of each channel group, all others whole; needs evaluate(model)."""
-    check_places((csv, plot, journal), (model, weights))
+    check_places((csv, plot, journal), (file_of(model), weights))
     if plot is not None:
         check_plot(plot)
     with silent_stdout(as_json), StageDisplay() as progress:

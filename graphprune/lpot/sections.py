@@ -196,7 +196,7 @@ def told(error: ValidationError) -> str:
         return f"{where}: is missing. Give it there."
     if first["type"] == "too_short":
         return f"{where}: is empty. Give at least one."
-    wanted = first["msg"].removeprefix("Input should be ").partition(",")[0]
+    wanted = first["msg"].removeprefix("Input should be ").partition(",")[0].replace("a valid tuple", "a list")
     return f"{where}: is {first['input']!r:.60}. Give {'' if wanted.startswith('a ') else 'a number '}{wanted}."
 
 

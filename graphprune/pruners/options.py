@@ -70,6 +70,8 @@ class Checked(Typed):
             return cls.model_validate(dict(values))
         except ValidationError as error:
             first = error.errors()[0]
+            if not first["loc"]:  # about several values
+                raise ConfigError(f"{first['ctx']['error']}.") from error
             name = str(first["loc"][0])
             if first["type"] == "extra_forbidden":
                 near = closest(name, [one for names in cls._names() for one in names])

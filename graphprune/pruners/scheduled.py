@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.optim import Optimizer
 
-from graphprune.errors import ConfigError
+from graphprune.errors import ConfigError, shown
 from graphprune.pruners.algorithms import Pruner
 from graphprune.pruners.basic import by_name
 from graphprune.pruners.options import Options
@@ -184,6 +184,8 @@ class AGPPruner(ScheduledPruner):
 
         A basic pruner that looks at activations or gradients takes those of the epochs since the last time.
         """
+        if not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0:
+            raise ConfigError(f"epoch: is {shown(epoch)}. Give the number of the epoch, from 0.")
         chosen = {layer: one for layer, one in self.settings.items() if not one.entry.exclude}
         shares = {layer: at_epoch(SCHEDULES[self.schedule], one.entry, epoch) for layer, one in chosen.items()}
         if shares == self._shares:

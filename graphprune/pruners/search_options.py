@@ -43,8 +43,8 @@ class SearchOptions(Checked):
         base_algo: What scores a channel: l1, l2, fpgm or slim.
         dummy_input: Example inputs; those of the evaluator's first call if they are left out.
         experiment_data_dir: Folder for the journal from which a search that was stopped goes on; None for none. With
-            other options, or where the code of a function is another, it is refused; what a function closes over or
-            reads elsewhere does not count, so give that another folder.
+            other options, or where a function is another, it is refused; what functions read elsewhere, such as
+            globals, does not count, so give that another folder.
         workers: Where candidates are evaluated; None for this process, or see :class:`~graphprune.search.Trials`.
         seed: Of everything that is random.
         keep_at_least: Share of the channels of every group that stays.
@@ -173,6 +173,7 @@ class AutoCompressOptions(AnnealingOptions):
             "iterations": self.admm_num_iterations,
             "training_epochs": self.admm_training_epochs,
             "rho": self.row,
+            "seed": self.seed,
         }
 
     @model_validator(mode="after")
@@ -209,6 +210,10 @@ class AMCOptions(SearchOptions):
 
     @model_validator(mode="after")
     def _it_learns(self) -> "AMCOptions":
-        """Raises what the episodes raise."""
-        _ = self.episodes
+        """Some episodes come after the warm-up."""
+        if self.warmup >= self.train_episode:
+            raise ValueError(
+                f"of {self.train_episode} episodes {self.warmup} are to warm up, so that nothing is learnt. "
+                "Give a smaller warmup, or a larger train_episode"
+            )
         return self

@@ -27,8 +27,7 @@ from graphprune.pruners.sparsify import Masks, masks_of, within
 from graphprune.search import Found, Space, Trials, amc, annealing, autocompress, netadapt, prune_by_sensitivity
 from graphprune.search.asked import asked_sparsity
 from graphprune.search.candidate import seeded
-from graphprune.search.code import code_of, is_plain
-from graphprune.search.state import digest
+from graphprune.search.code import is_plain
 from speedup.inputs import ExampleInputs
 from speedup.masking import attach_masks, attached_masks
 from speedup.repair import repaired
@@ -120,7 +119,6 @@ class SearchPruner:
             options.workers,
             journal,
             options.seed,
-            code=digest(*(f"{name} {code_of(value)}" for name, value in given.items() if callable(value))),
             about={name: value for name, value in given.items() if is_plain(value)},
         )
 

@@ -98,8 +98,15 @@ def amc(
             f"{space.keep_at_least:.0%} stay, and a multiple of {space.block}. Use a larger ratio, round to less, or "
             "let more groups go."
         )
-    settings = {"ratio": ratio, "of": of, "reward": reward, "perfect": perfect, **asdict(episodes), **asdict(learning)}
-    with trials.over(space).begin("amc", **settings, finetune=finetune is not None) as run:
+    settings = {
+        "sparsity": round(1 - ratio, 12),
+        "of": of,
+        "reward": reward,
+        "perfect": perfect,
+        **asdict(episodes),
+        **asdict(learning),
+    }
+    with trials.over(space).begin("amc", **settings, finetune=finetune) as run:
         track = _Track(space, of, ratio)
         agent = Agent(track.features, learning, run.seed)
         noise, done = episodes.noise, 0

@@ -80,7 +80,7 @@ def annealing(
     if not 0 < sparsity < 1:
         raise ConfigError(f"sparsity {sparsity}: is not in (0, 1). Use one such as 0.5.")
     settings = {"sparsity": sparsity, "of": of, **asdict(schedule)}
-    with trials.begin("annealing", **settings, finetune=finetune is not None) as run:
+    with trials.begin("annealing", **settings, finetune=finetune) as run:
         state = trials.space.start
         return run.trained_and_found(annealed(run, state, 1 - sparsity, of, schedule), state, finetune)
 

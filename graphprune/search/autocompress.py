@@ -7,6 +7,7 @@ from torch import nn
 
 from graphprune.errors import ConfigError
 from graphprune.search.annealing import MANUAL, Schedule, annealed
+from graphprune.search.reach import check_reachable
 from graphprune.search.space import Measure, Shares
 from graphprune.search.trials import Found, Trials
 
@@ -46,8 +47,9 @@ def autocompress(
         raise ConfigError(f"sparsity {sparsity}: is not in (0, 1). Use one such as 0.5.")
     if rounds < 1:
         raise ConfigError(f"rounds {rounds}: is below 1. Use 1 or more.")
+    check_reachable(trials.space, 1 - sparsity, of)
     settings = {"sparsity": sparsity, "of": of, "rounds": rounds, **asdict(schedule)}
-    with trials.begin("autocompress", **settings, regularise=regularise is not None) as run:
+    with trials.begin("autocompress", **settings, regularise=regularise) as run:
         space, state = trials.space, trials.space.start
         for place in range(1, rounds + 1):
             now = space.shares(state.live)

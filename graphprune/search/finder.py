@@ -115,10 +115,12 @@ class Finder(Said):
             about=about,
         )
         if self.search is not None:
+            if not (share := asked_sparsity(space)):
+                raise ConfigError("sparsity 0: leaves nothing to search for. Ask for a share such as 0.5.")
             towards = None
             if training is not None:
                 towards = source.in_training(self._towards(space, training, request.seed))
-            return SEARCHES[self.search](trials, asked_sparsity(space), tune, towards).result
+            return SEARCHES[self.search](trials, share, tune, towards).result
         return in_rounds(trials, self.schedule, self.rounds, finetune=tune).result
 
     def _training(self, source: Source) -> Training | None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from graphprune.errors import ConfigError
+from graphprune.errors import ConfigError, ModelError
 from graphprune.search.state import Weights
 from graphprune.weights import read_weights, save_tensors
 
@@ -38,6 +38,7 @@ class Journal:
         try:
             lines = _whole_lines(self.path)
             if not lines:
+                self.tidy()  # a journal that was here before was that of another search
                 self._append(header)
         except OSError as error:
             raise ConfigError(
@@ -91,7 +92,10 @@ class Journal:
         if file is None:
             return self._weights.get(key)
         self._needed.add(file.name)
-        return read_weights(file) if file.is_file() else None
+        try:
+            return read_weights(file) if file.is_file() else None
+        except ModelError:  # a part of a file, which is made again
+            return None
 
     def drop(self, key: str) -> None:
         """Forgets the weights of ``key``, which nothing needs any more."""
@@ -155,6 +159,8 @@ def _difference(name: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) 
     if name == "settings" and isinstance(found.get(name), dict):
         inner = {key for key in (*found[name], *wanted[name]) if found[name].get(key) != wanted[name].get(key)}
         name, found, wanted = sorted(inner)[0], found["settings"], wanted["settings"]
+    if name in ("finetune", "regularise"):
+        return f"its {name} was another"
     if name == "code":
         return "the code of its model, its training or its evaluation was another"
     if name == "model":

@@ -49,8 +49,8 @@ def netadapt(
     for name, value in (("budget", budget), ("step", step), ("decay", decay)):
         if not 0 < value < 1 and not (name == "decay" and value == 1):
             raise ConfigError(f"{name} {value}: is not in (0, 1). Use one such as 0.5.")
-    settings = {"budget": budget, "resource": resource, "step": step, "decay": decay}
-    with trials.begin("netadapt", **settings, finetune=finetune is not None) as run:
+    settings = {"sparsity": round(1 - budget, 12), "resource": resource, "step": step, "decay": decay}
+    with trials.begin("netadapt", **settings, finetune=finetune) as run:
         state = trials.space.start
         measured = _meter(run, resource)
         left, fall = measured(trials.space.shares(state.live), state), step

@@ -60,6 +60,17 @@ def reach(space: Space, wish: Shares, left: float, of: Measure, state: State) ->
     raise out_of_reach(left, of, least)
 
 
+def check_reachable(space: Space, left: float, of: Measure) -> None:
+    """Refuses a target that cannot be reached, before anything is evaluated.
+
+    Raises:
+        ConfigError: More than ``left`` of the dense model stays even where every group gives all it may.
+    """
+    least = space.left(space.live({name: space.most(name) for name in space.groups}), of)
+    if least > left + 1e-9:
+        raise out_of_reach(left, of, least)
+
+
 def out_of_reach(left: float, of: str, least: float) -> ConfigError:
     """What is wrong with a target that is below what always stays; all are shares of the dense model."""
     return ConfigError(

@@ -35,7 +35,7 @@ def in_rounds(trials: Trials, schedule: str = "linear", rounds: int = 1, *, fine
     settings = {"sparsity": asked_sparsity(trials.space), "schedule": schedule, "rounds": rounds}
     space, grows = trials.space, SCHEDULES[schedule]
     check_something_goes(space, asked_shares(space, space.start, grows, rounds, rounds))
-    with trials.begin("rounds", **settings, tuned=finetune is not None) as run:
+    with trials.begin("rounds", **settings, finetune=finetune) as run:
         first = state = space.start
         for number in range(0 if rewind else 1, rounds + 1):
             if rewind:

@@ -8,7 +8,7 @@ from numbers import Real
 
 from graphprune.errors import ConfigError
 from graphprune.search.candidate import Tune
-from graphprune.search.reach import reach
+from graphprune.search.reach import check_reachable, reach
 from graphprune.search.space import Measure, Space
 from graphprune.search.state import State
 from graphprune.search.trials import Found, Run, Trials
@@ -119,8 +119,9 @@ def prune_by_sensitivity(
     for name, value, least in (("sparsity", sparsity, "in (0, 1)"), ("step", step, "above 0")):
         if not 0 < value < (1 if name == "sparsity" else 2):
             raise ConfigError(f"{name} {value}: is not {least}. Use one such as 0.5.")
+    check_reachable(trials.space, 1 - sparsity, of)
     settings = {"sparsity": sparsity, "of": of, "step": step, "drop": drop, "shares": list(shares)}
-    with trials.begin("sensitivity pruner", **settings, finetune=finetune is not None) as run:
+    with trials.begin("sensitivity pruner", **settings, finetune=finetune) as run:
         state, gone = trials.space.start, 0.0
         while True:
             table = _analysed(run, state, shares)

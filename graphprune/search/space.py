@@ -18,7 +18,7 @@ from graphprune.errors import ConfigError, ModelError
 from graphprune.groups import ChannelGroup
 from graphprune.search.candidate import seeded
 from graphprune.search.remains import remaining
-from graphprune.search.state import State, digest, holding, scattered, shrunk_model, tensors_of
+from graphprune.search.state import State, bytes_of, digest, holding, scattered, shrunk_model, tensors_of
 from graphprune.search.tally import Tally
 from graphprune.select import Choice, Selection, select
 from graphprune.targets import Target
@@ -180,13 +180,15 @@ class Space:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Says which model this is, weights included, and what can be chosen of it."""
+        """Says which model this is, weights and the sizes of its inputs included, and what can be chosen of it."""
         parts: list[bytes | str] = [f"{self.block} {self.keep_at_least} {self.request.model_dump_json()}"]
         for name, tensor in tensors_of(self.analysis.captured.model).items():
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            parts += [f"{name} {tuple(tensor.shape)} {tensor.dtype}", flat.view(torch.uint8).numpy().tobytes()]
+            parts += [f"{name} {tuple(tensor.shape)} {tensor.dtype}", bytes_of(tensor)]
         for name, group in self.groups.items():
             parts += [name, repr(self.targets[name]), group.classes.tobytes(), group.unit_of.tobytes()]
+        for tensor in self.analysis.captured.flat_inputs():
+            if isinstance(tensor, Tensor):
+                parts.append(f"{tuple(tensor.shape)} {tensor.dtype}")
         return digest(*parts, self.start.scores.tobytes())
 
     @cached_property
@@ -315,21 +317,27 @@ class Space:
         """Returns the physically smaller model in which only the classes ``live`` are left; milliseconds, no proof."""
         return shrunk_model(self.analysis, live, (state or self.start).weights)
 
-    def result(self, shares: Shares, state: State | None = None) -> Result:
+    def result(self, shares: Shares, state: State | None = None, sparsity: float | None = None) -> Result:
         """Returns what the pipeline makes of the choice: the shrunk model with its proof and its report.
+
+        Args:
+            shares: Shares of the dense groups by name.
+            state: Where a search stands.
+            sparsity: What was asked for, for the report; None for what goes of the weights.
 
         Raises:
             ProofError: It is not equal to the model with everything else masked.
         """
         state = state or self.start
         if state.weights is not None:
-            return self._with(state).result(shares)
+            return self._with(state).result(shares, sparsity=sparsity)
         stage = Stages(lambda name: None)
         selection = stage("select", self.selection, shares, state)
         plan = stage("plan", make_plan, self.analysis, selection.live)
         shrunk = stage("shrink", shrink, self.analysis.captured, plan)
-        share = min(max(1 - self.left(selection.live, "weights"), 0.0), 1 - 1e-9)
-        request = self.request.model_copy(update={"sparsity": round(share, 6)})
+        if sparsity is None:
+            sparsity = round(min(max(1 - self.left(selection.live, "weights"), 0.0), 1 - 1e-9), 6)
+        request = self.request.model_copy(update={"sparsity": sparsity})
         return finished(request, self.dependencies, selection, plan, shrunk, self.block, stage)
 
     def _with(self, state: State) -> "Space":

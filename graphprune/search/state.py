@@ -48,6 +48,11 @@ def digest(*parts: bytes | str) -> str:
     return sha256.hexdigest()
 
 
+def bytes_of(tensor: Tensor) -> bytes:
+    """The numbers of a tensor as they lie in memory; none of one that holds none."""
+    return b"" if tensor.is_meta else tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """The tensors in the state dict of ``model``, tied ones once, by their first names."""
     held = model.state_dict(keep_vars=True).items()

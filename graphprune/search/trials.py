@@ -12,6 +12,7 @@ import torch
 from graphprune.compress import Result
 from graphprune.errors import ConfigError, shown
 from graphprune.search.candidate import Evaluate, Job, Origin, Outcome, Tune
+from graphprune.search.code import code_of
 from graphprune.search.journal import Journal
 from graphprune.search.latency import measured_ms
 from graphprune.search.pool import Executor, executor_of, outcomes
@@ -69,7 +70,8 @@ class Trials:
         seed: Of everything that is random.
         modules: Modules that workers of Ray do not have, whose code goes there with what needs it; that of the script
             that is run does so anyway.
-        code: Says which code evaluates and trains, as a digest; a journal is that of this code alone.
+        code: Says which code evaluates and trains, as a digest; a journal is that of this code alone. Empty for that of
+            the very functions, which does not know what they read elsewhere.
         about: What else results depend on, by name, such as how long candidates are trained.
     """
 
@@ -104,30 +106,41 @@ class Trials:
 
         Args:
             search: Its name.
-            **settings: All that its result depends on.
+            **settings: All that its result depends on, functions among it; ``sparsity`` is what goes in the end.
 
         Raises:
             ConfigError: The journal is that of another search, or the workers are none.
         """
-        header = {
+        journal = Journal(self.journal, {} if self.journal is None else self._header(search, settings))
+        with executor_of(self.workers, self.modules) as executor:
+            yield Run(self, journal, executor, settings.get("sparsity"))
+        journal.tidy()
+
+    def _header(self, search: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """All that the result of a search depends on."""
+
+        def said(value: Any) -> Any:
+            return value if not callable(value) else "given" if self.code else code_of(value)
+
+        return {
             "search": search,
             "minimize": self.minimize,
             "seed": self.seed,
-            "settings": {**settings, **self.about},
+            "settings": {**{name: said(value) for name, value in settings.items()}, **self.about},
+            "code": self.code or code_of(self.evaluate),
+            "model": self.space.fingerprint,
         }
-        journal = Journal(self.journal, {**header, "code": self.code, "model": self.space.fingerprint})
-        with executor_of(self.workers, self.modules) as executor:
-            yield Run(self, journal, executor)
-        journal.tidy()
 
 
 class Run:
     """One run of a search: evaluates, remembers, and makes the result."""
 
-    def __init__(self, trials: Trials, journal: Journal, executor: Executor | None) -> None:
+    def __init__(
+        self, trials: Trials, journal: Journal, executor: Executor | None, sparsity: float | None = None
+    ) -> None:
         self.space, self.minimize, self.seed = trials.space, trials.minimize, trials.seed
         self.history: list[Evaluation] = []
-        self._journal, self._executor = journal, executor
+        self._journal, self._executor, self._sparsity = journal, executor, sparsity
         captured = trials.space.analysis.captured
         self._origin = Origin(
             captured.model,
@@ -196,7 +209,7 @@ class Run:
             note: What kept it from its target.
             asked: Shares that a user asked for, of which ``chosen`` is what rounding left; None if nobody did.
         """
-        result = self.space.result(chosen.shares if asked is None else asked, state)
+        result = self.space.result(chosen.shares if asked is None else asked, state, self._sparsity)
         result = replace(result, report={**result.report, "note": note})
         return Found(chosen.shares, chosen.score, tuple(self.history), result, note)
 
