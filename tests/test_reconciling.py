@@ -23,7 +23,7 @@ from speedup.analysis import Analysis, analyse
 from speedup.capture import capture
 from speedup.flow import Block
 from speedup.labels import Index, Mask
-from speedup.masks import _produced
+from speedup.masks import produced_channels
 from speedup.planning import make_plan
 from speedup.reconciling import reconcile
 
@@ -215,7 +215,7 @@ def check_fewest(program: Program, number: int) -> None:
     analysis = analyse(capture(model, doubled(example_inputs(program))))
     masks = drawn_masks(analysis, model, number)
     if masks and analysis.classes.count < 500:
-        needed = _produced(analysis, {name: (mask != 0).numpy() for name, mask in masks.items()})
+        needed = produced_channels(analysis, masks)
         live = reconcile(analysis, needed)
         make_plan(analysis, live)
         slabs = [block.slabs for block in analysis.classes.blocks if block.slabs is not None]
