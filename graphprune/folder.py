@@ -140,7 +140,9 @@ def check_free(folder: Path, *, force: bool) -> None:
     own = {*FILES, *_said_to_hold(folder / REPORT)}
     for path in sorted(folder.iterdir()):
         if path.name not in own:
-            raise ConfigError(f"{path}: is no part of the compressed model and would be lost. Use another --out.")
+            raise ConfigError(
+                f"{path}: is no part of the compressed model and would be lost. Remove it, or use another --out."
+            )
 
 
 def _said_to_hold(report: Path) -> list[str]:

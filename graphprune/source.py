@@ -141,7 +141,7 @@ def load_source(
         evaluate=_guarded(evaluate, folder, text) if callable(evaluate) else None,
         training=training,
         modules=modules,
-        code=_digest((module, *modules)),
+        code=_digest(module, [other for other in modules if other is not module]),
         folder=folder,
     )
 
@@ -162,12 +162,12 @@ def load_skeleton(text: str, *, inputs: Sequence[str] = (), seed: int = 0) -> tu
     return name.rpartition(".")[2] or Path(str(module.__file__)).stem, skeleton, example
 
 
-def _digest(modules: Sequence[ModuleType]) -> str:
-    """Returns the SHA-256 of what the code of modules means; of those whose code is there."""
+def _digest(main: ModuleType, others: Sequence[ModuleType]) -> str:
+    """Returns the SHA-256 of what the code of modules means, where it is there; the main one may have any name."""
     found = {}
-    for module in modules:
+    for name, module in (("", main), *((other.__name__, other) for other in others)):
         with suppress(OSError, TypeError):
-            found[module.__name__] = ast.dump(ast.parse(inspect.getsource(module)))
+            found[name] = ast.dump(ast.parse(inspect.getsource(module)))
     return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()
 
 

@@ -58,13 +58,30 @@ class Analysis:
 
     @cached_property
     def users(self) -> Mapping[str, list[fx.Node]]:
-        """For each parameter by name the nodes that compute with it."""
+        """For each parameter by name the nodes that compute with it and with the inputs of the model.
+
+        What is made of parameters alone, such as a weight divided by its norm, is followed to where it meets the
+        inputs; where it never does, the nodes are those that read the parameter.
+        """
         users: dict[str, list[fx.Node]] = {}
+        readers: dict[str, list[fx.Node]] = {}
+        made_of: dict[fx.Node, dict[str, None]] = {}  # nodes that know nothing of the inputs
         for node in self.captured.nodes:
-            for source in node.all_input_nodes:
-                if source.op == "get_attr" and node.op == "call_function":
-                    users.setdefault(self.aliases.get(str(source.target), str(source.target)), []).append(node)
-        return users
+            if node.op == "get_attr":
+                made_of[node] = {self.aliases.get(str(node.target), str(node.target)): None}
+            if node.op != "call_function":
+                continue
+            sources = node.all_input_nodes
+            names = {name: None for source in sources for name in made_of.get(source, ())}
+            if all(source in made_of for source in sources):
+                made_of[node] = names
+            else:
+                for name in names:
+                    users.setdefault(name, []).append(node)
+            for source in sources:
+                for name in made_of[source] if source.op == "get_attr" else ():
+                    readers.setdefault(name, []).append(node)
+        return {**readers, **users}
 
     def producers(self, name: str, classes: Index) -> list[fx.Node]:
         """The nodes that compute with parameter ``name`` and give out the channels ``classes``."""

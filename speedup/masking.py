@@ -251,6 +251,8 @@ def _held(value: Any, reached: Set[nn.Module], seen: set[int]) -> Iterator[Any]:
             yield from _held((leaf.__self__, leaf.__func__), reached, seen)
         elif isinstance(leaf, FunctionType):
             yield from _held((leaf.__defaults__, leaf.__kwdefaults__, list(closed_over(leaf))), reached, seen)
+        elif callable(leaf) and hasattr(leaf, "__wrapped__"):  # functools.cache, for one
+            yield from _held(leaf.__wrapped__, reached, seen)
 
 
 def closed_over(function: FunctionType) -> Iterator[Any]:

@@ -131,10 +131,12 @@ class ModelSpeedup:
 
     def _one_of_each(self, masks: Mapping[str, Tensor | Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The mask of each parameter under the first name that it comes with."""
-        first: dict[str, str] = {}
+        own = self._analysis.captured.model.named_parameters(remove_duplicate=False)
+        which: dict[str, str | int] = {**{name: id(held) for name, held in own}, **self._analysis.aliases}
+        first: dict[str | int, str] = {}
         found: dict[str, Tensor] = {}
         for name, mask in flat_masks(masks):
-            known = first.setdefault(self._analysis.aliases.get(name, name), name)
+            known = first.setdefault(which.get(name, name), name)
             if found.setdefault(known, mask) is not mask and not torch.equal(found[known], mask.to(found[known])):
                 raise PlanError(f"{name}: is the same parameter as {known}, and their masks differ. Give one mask.")
         return found

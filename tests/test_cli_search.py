@@ -158,6 +158,17 @@ def test_a_journal_is_of_its_epochs_and_its_code(place: Path) -> None:
     assert line.startswith("j.jsonl: is the journal of another search (the code of its model, its training or its eva")
 
 
+def test_a_journal_is_that_of_a_file_with_another_name(place: Path) -> None:
+    words = ("--share", 0.5, "--journal", "j.jsonl")
+    assert run("sensitivity", "net.py", *words).exit_code == 0
+    before = (place / "j.jsonl").read_text()
+    (place / "net.py").rename(place / "renamed.py")
+    assert run("sensitivity", "renamed.py", *words).exit_code == 0
+    assert run("sensitivity", "renamed:build_model", "--input", "2x3x6x6", *words).exit_code == 0
+    sys.modules.pop("renamed")
+    assert (place / "j.jsonl").read_text() == before
+
+
 def test_a_journal_is_of_the_code_that_its_model_imports(place: Path) -> None:
     words = ("sensitivity", "net.py", "--share", 0.5, "--journal", "j.jsonl")
     (place / "net.py").write_text(
@@ -211,7 +222,10 @@ def test_what_is_read_is_not_replaced(place: Path) -> None:
         assert complaint(run(*words, "--force", "--schedule", "linear", "--journal", journal)) == line
     (place / "net-pruned" / "net.py").write_text(LEARNS)
     line = complaint(run("compress", "net-pruned/net.py", "--no-bench", "--force", "--out", "net-pruned"))
-    assert line == "net-pruned/net.py: is no part of the compressed model and would be lost. Use another --out."
+    assert (
+        line
+        == "net-pruned/net.py: is no part of the compressed model and would be lost. Remove it, or use another --out."
+    )
     assert (place / "net-pruned" / "net.py").read_text() == LEARNS
 
 

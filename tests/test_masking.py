@@ -1,6 +1,7 @@
 """Masks inside a model while it trains: what it computes, what optimizers and files see, and how they leave it."""
 
 import copy
+import functools
 import io
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -399,6 +400,11 @@ WRONG: dict[str, tuple[Any, Any, str]] = {
     "method": (Keeping(lambda a: tied(a)[0].forward), {"a.weight": SQUARE}, "held in attribute kept"),
     "function of a module": (
         Keeping(lambda a: (lambda layers: lambda x: layers[0](x))(tied(a))),
+        {"a.weight": SQUARE},
+        "held in attribute kept",
+    ),
+    "cached": (
+        Keeping(lambda a: functools.cache((lambda w: lambda x: x @ w)(a.weight))),
         {"a.weight": SQUARE},
         "held in attribute kept",
     ),

@@ -5,9 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_rules import Net, conv, image
 from torch import Tensor, nn
 
+from graphprune.pruners import L1NormPruner
 from speedup import ModelSpeedup, SpeedupError, attach_masks
 
 
@@ -209,6 +211,51 @@ def test_masks_of_what_the_model_does_not_use_while_it_is_evaluated() -> None:
     assert torch.equal(small.spare.weight, dense.spare.weight) and not small.spare.weight[0].any()
     with pytest.raises(SpeedupError, match=r"^spare.weight: the mask has shape \(3,\), the parameter \(8, 8\)"):
         ModelSpeedup(model.eval(), x, {"spare.weight": torch.ones(3)})
+
+
+def test_a_tied_weight_that_nothing_uses_is_masked_once() -> None:
+    class Spare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.u, self.t = nn.Linear(4, 4), nn.Linear(3, 3), nn.Linear(3, 3)
+            self.t.weight = self.u.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x)
+
+    model, half = Spare(), torch.full((3, 3), 0.5)
+    small: Any = ModelSpeedup(model, torch.randn(1, 4), {"u.weight": half, "t.weight": half}).speedup_model()
+    torch.testing.assert_close(small.t.weight, model.u.weight / 2)
+    with pytest.raises(SpeedupError, match="^t.weight: is the same parameter as u.weight, and their masks differ"):
+        ModelSpeedup(model, torch.randn(1, 4), {"u.weight": half, "t.weight": 2 * half})
+
+
+@pytest.mark.parametrize("look", ["penalty first", "penalty last", "transposed", "normalised"])
+def test_what_is_made_of_a_weight_alone_produces_nothing(look: str) -> None:
+    """The inputs of the second layer are those of the first, however its weight is read.
+
+    Where all of that weight counts, with and without a mask on what reads the removed channels, that is said.
+    """
+
+    def forward(n: Any, x: Tensor) -> Any:
+        penalty = n.fc2.weight.pow(2).sum() if look == "penalty first" else None
+        h = n.fc1(x).relu()
+        if look == "transposed":
+            return h @ n.fc2.weight.t()
+        if look == "normalised":
+            return n.fc2(h), F.linear(F.normalize(h), F.normalize(n.fc2.weight))
+        return n.fc2(h), n.fc2.weight.pow(2).sum() if penalty is None else penalty
+
+    model, x = Net(forward, fc1=nn.Linear(8, 32), fc2=nn.Linear(32, 4)), torch.randn(3, 8)
+    masks = ones(model)
+    masks["fc1.weight"][:16], masks["fc1.bias"][:16] = 0, 0
+    speedup = ModelSpeedup(model, x, masks)
+    small: Any = speedup.speedup_model()
+    assert small.fc1.weight.shape == (16, 8) and speedup.reconciled["fc1.weight"] == 0
+    assert (speedup.difference < 1e-5) == (not speedup.left_behind) == (look == "transposed")
+    found = L1NormPruner(model, [{"op_names": ["fc1"], "sparsity": 0.5}], dummy_input=x).compress()[1]
+    expected = model.fc1.weight.abs().sum(1).argsort()[:16].sort().values
+    assert torch.equal((~found["fc1"]["weight"].any(1)).nonzero()[:, 0], expected)
 
 
 def test_a_weight_that_is_used_both_ways_produces_both_of_its_dimensions() -> None:

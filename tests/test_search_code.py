@@ -1,6 +1,8 @@
 """Which code functions are: what tells one from another, and what does not."""
 
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,6 +48,27 @@ class Recursive:
         return 0.0
 
 
+class Task:
+    """Is called by a method."""
+
+    def __init__(self, sign: int) -> None:
+        self.sign = sign
+
+    def evaluate(self, model: nn.Module) -> float:
+        return float(self.sign)
+
+
+@dataclass(frozen=True)
+class Setting:
+    size: int
+
+
+def hooked(hook: Any) -> nn.Module:
+    loss = nn.L1Loss()
+    loss.register_forward_hook(hook)
+    return loss
+
+
 def weighted(first: float) -> nn.Module:
     return nn.CrossEntropyLoss(weight=torch.tensor([first, 1.0]))
 
@@ -87,6 +110,16 @@ DIFFERENT: list[Any] = [
     weighted(2.0),
     nn.Sequential(nn.CrossEntropyLoss()),
     Recursive(),
+    Task(1).evaluate,
+    Task(-1).evaluate,
+    closing(Path("a")),
+    closing(Path("b")),
+    closing({1, "a"}),
+    closing({2, "a"}),
+    closing(torch.float32),
+    closing(torch.float16),
+    closing(Setting(1)),
+    closing(Setting(2)),
     len,
     sum,
 ]
@@ -103,9 +136,28 @@ def test_the_same_functions_have_the_same_digests() -> None:
         (nn.CrossEntropyLoss(), nn.CrossEntropyLoss().eval()),
         (weighted(2.0), weighted(2.0)),
         (partial(scaled, by=2.0), partial(scaled, by=2.0)),
+        (hooked(print), hooked(print)),
+        (torch.compile(weighted(2.0)), weighted(2.0)),
+        (closing({1, "a", None}), closing({None, "a", 1})),
         (closing(torch.zeros(2)), closing(torch.ones(2))),  # data and example inputs are told by their shapes
     ]
     assert all(code_of(one) == code_of(other) for one, other in pairs)
+
+
+def test_a_deep_module_takes_no_time() -> None:
+    """Nobody would wait for what doubles with each level."""
+    module: nn.Module = nn.Linear(2, 2)
+    shared: list[Any] = [scaled]
+    for _ in range(60):
+        module, shared = nn.Sequential(module), [shared, shared]
+    assert code_of(closing(module)) != code_of(closing(nn.Sequential(module))) != code_of(closing(shared))
+
+
+def test_tensors_of_any_kind() -> None:
+    module = nn.Module()
+    module.register_buffer("sparse", torch.eye(3).to_sparse())
+    module.register_buffer("conjugate", torch.ones(2, dtype=torch.complex64).conj())
+    assert code_of(closing(module)) != code_of(closing(nn.LazyLinear(2)))
 
 
 def test_what_a_call_notes_elsewhere_does_not_count() -> None:

@@ -569,6 +569,21 @@ def test_a_snapshot_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mo
     assert [path.name for path in folder.iterdir()] == ["epoch-00002"]  # what the dead one left is gone
 
 
+def test_a_rate_that_is_a_tensor_and_moves(tmp_path: Path) -> None:
+    def made(parameters):
+        return torch.optim.AdamW(parameters, lr=torch.tensor(1e-3))
+
+    def cosine(optimizer):
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
+
+    loop = Training.on(loader(), nn.CrossEntropyLoss(), optimizer=made, schedule=cosine)
+    whole, first, second = net(), net(), net()
+    fit(whole, loop, 2)
+    fit(first, loop, 1, folder=tmp_path)
+    fit(second, loop, 2, folder=tmp_path, resume=True)
+    assert same(second, whole)
+
+
 def test_snapshots_of_something_else_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     fit(net(), Training.on(loader(), nn.CrossEntropyLoss(), optimizer=sgd), 1, folder=folder)

@@ -176,7 +176,7 @@ class Movement:
         self._listen()
         handle = optimizer.register_step_post_hook(self._step)
         try:
-            with self._clearing(optimizer), self._clearing(self._model):
+            with self._clearing(optimizer):
                 yield
         finally:
             handle.remove()
@@ -184,9 +184,9 @@ class Movement:
             attach_masks(self._model, before)
 
     @contextmanager
-    def _clearing(self, owner: Optimizer | nn.Module) -> Iterator[None]:
-        """Lets gradients of masks go where ``zero_grad()`` throws those of the weights away."""
-        clear = owner.zero_grad
+    def _clearing(self, optimizer: Optimizer) -> Iterator[None]:
+        """Lets gradients of masks go where ``optimizer.zero_grad()`` throws those of the weights away."""
+        clear = optimizer.zero_grad
 
         def both(*args: Any, **kwargs: Any) -> None:
             for places in self._attached().values():
@@ -194,11 +194,11 @@ class Movement:
                     mask.grad = None
             clear(*args, **kwargs)
 
-        setattr(owner, "zero_grad", both)  # noqa: B010  # one object's, not the class's
+        setattr(optimizer, "zero_grad", both)  # noqa: B010  # one object's, not the class's
         try:
             yield
         finally:
-            delattr(owner, "zero_grad")
+            delattr(optimizer, "zero_grad")
 
     def masks(self) -> dict[str, Tensor]:
         """The masks of the scores as they are, by qualified name of the weight."""

@@ -1,6 +1,7 @@
 """Scheduled pruners: a schedule and a basic pruner, in rounds or driven by the user's own loop."""
 
 import copy
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -184,10 +185,14 @@ class AGPPruner(ScheduledPruner):
 
         A basic pruner that looks at activations or gradients takes those of the epochs since the last time.
         """
-        if not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0:
+        try:
+            number = operator.index(epoch)
+        except TypeError:
+            number = -1
+        if isinstance(epoch, bool) or number < 0:
             raise ConfigError(f"epoch: is {shown(epoch)}. Give the number of the epoch, from 0.")
         chosen = {layer: one for layer, one in self.settings.items() if not one.entry.exclude}
-        shares = {layer: at_epoch(SCHEDULES[self.schedule], one.entry, epoch) for layer, one in chosen.items()}
+        shares = {layer: at_epoch(SCHEDULES[self.schedule], one.entry, number) for layer, one in chosen.items()}
         if shares == self._shares:
             return
         last = all(share == chosen[layer].entry.share for layer, share in shares.items())

@@ -1,7 +1,7 @@
 """What the searches take beside a model, a config list and what evaluates."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, model_validator
@@ -51,6 +51,7 @@ class SearchOptions(Checked):
     """
 
     of_what = "a search"
+    trained_by: ClassVar[str] = ""
 
     evaluator: Function
     optimize_mode: Literal["maximize", "minimize"] = "maximize"
@@ -64,7 +65,7 @@ class SearchOptions(Checked):
     @property
     def trains(self) -> bool:
         """Whether candidates are trained."""
-        return False
+        return bool(self.trained_by) and getattr(self, self.trained_by) is not None
 
     @property
     def scores_by(self) -> str:
@@ -108,14 +109,11 @@ class NetAdaptOptions(SearchOptions):
         resource: What is counted: weights, params, macs or latency.
     """
 
+    trained_by = "short_term_fine_tuner"
+
     short_term_fine_tuner: Function | None = None
     sparsity_per_iteration: Step = 0.05
     resource: Literal["weights", "params", "macs", "latency"] = "weights"
-
-    @property
-    def trains(self) -> bool:
-        """Whether candidates are trained."""
-        return self.short_term_fine_tuner is not None
 
 
 class SensitivityOptions(SearchOptions):
@@ -127,14 +125,11 @@ class SensitivityOptions(SearchOptions):
         acc_drop_threshold: How far the score may fall, in the units of the evaluator.
     """
 
+    trained_by = "finetuner"
+
     finetuner: Function | None = None
     sparsity_per_iter: Ratio = 0.1
     acc_drop_threshold: NotNegative = 0.05
-
-    @property
-    def trains(self) -> bool:
-        """Whether candidates are trained."""
-        return self.finetuner is not None
 
 
 class AutoCompressOptions(AnnealingOptions):
@@ -150,6 +145,8 @@ class AutoCompressOptions(AnnealingOptions):
         row: Weight of ADMM's penalty.
     """
 
+    trained_by = "trainer"
+
     trainer: Annotated[Any, asking(callable, "is no function. Give one that trains a model for an epoch")]
     optimizer: Any = None
     criterion: Any = None
@@ -157,11 +154,6 @@ class AutoCompressOptions(AnnealingOptions):
     admm_num_iterations: Count = 30
     admm_training_epochs: Count = 5
     row: NotNegative = 1e-4
-
-    @property
-    def trains(self) -> bool:
-        """Whether candidates are trained."""
-        return True
 
     @property
     def admm(self) -> dict[str, Any]:

@@ -1,25 +1,29 @@
 """Which code functions are: a digest that is the same in every process, so that a journal knows whose it is."""
 
 import inspect
+import itertools
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from functools import partial
+from pathlib import PurePath
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from graphprune.search.state import bytes_of, digest, tensors_of
+from graphprune.search.state import bytes_of, digest
 from speedup.masking import closed_over
 
 
 def code_of(value: Any) -> str:
     """Returns a digest of what a function does and knows, or an object that is called like one.
 
-    Known are its defaults, what it closes over, what a partial holds, and the attributes of an object: numbers, texts,
-    collections and functions in them, the state of modules, and the shapes of other tensors. Of anything else only the
-    type counts, and what it reads elsewhere, such as globals, does not.
+    Known are its defaults, what it closes over, what a partial holds, and the attributes of its object: numbers, texts,
+    paths, collections, data classes and functions in them, the state of modules, and the shapes of other tensors. Of
+    anything else only the type counts, and what it reads elsewhere, such as globals, does not.
     """
-    return _said(value, frozenset())
+    return _said(value, {})
 
 
 def is_plain(value: Any) -> bool:
@@ -29,14 +33,15 @@ def is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _said(value: Any, around: frozenset[int]) -> str:
-    """The digest of a value; ``around`` are those that hold it."""
+def _said(value: Any, known: dict[int, tuple[Any, str]]) -> str:
+    """The digest of a value; ``known`` are those of others by their identities, empty while one is being made."""
     if is_plain(value):
         return digest(repr(value))
-    if id(value) in around:
-        return ""
-    words, held = _made_of(value)
-    return digest(*words, *(_said(one, around | {id(value)}) for one in held))
+    if id(value) not in known:
+        known[id(value)] = value, ""
+        words, held = _made_of(value)
+        known[id(value)] = value, digest(*words, *(_said(one, known) for one in held))
+    return known[id(value)][1]
 
 
 def _made_of(value: Any) -> tuple[list[bytes | str], list[Any]]:
@@ -48,23 +53,42 @@ def _made_of(value: Any) -> tuple[list[bytes | str], list[Any]]:
             held = [one for pair in value.items() for one in pair]
         case tuple() | list():
             held = list(value)
+        case set() | frozenset():
+            words += sorted(code_of(one) for one in value)
+        case bytes() | range() | complex() | PurePath() | torch.dtype() | torch.device():
+            words.append(repr(value))
         case Tensor():
-            words = [f"{tuple(value.shape)} {value.dtype}"]
+            words.append(f"{tuple(value.shape)} {value.dtype}")
         case partial():
             held = [value.func, value.args, value.keywords]
         case MethodType():
-            held = [value.__self__, value.__func__]
+            held = [type(value.__self__), _attributes(value.__self__), value.__func__]
         case FunctionType():
             words.append(_code(value.__code__))
             held = [value.__defaults__, value.__kwdefaults__, list(closed_over(value))]
-        case _ if callable(value) and not isinstance(value, type | BuiltinFunctionType):
-            runs = [getattr(type(value), method, None) for method in ("__call__", "forward")]
-            words += [_code(one.__code__) for one in runs if isinstance(one, FunctionType)]
-            held = [{key: one for key, one in getattr(value, "__dict__", {}).items() if key != "training"}]
-            if isinstance(value, nn.Module):
-                words += [bytes_of(tensor) for tensor in tensors_of(value).values()]
-                held += [dict(value.named_children())]
+        case nn.Module():
+            module = getattr(value, "_orig_mod", value)  # what torch.compile was given
+            own = itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+            words = [_name(module), *_calls(module), *(word for name, one in own for word in (name, bytes_of(one)))]
+            held = [_attributes(module), dict(module.named_children())]
+        case _ if is_dataclass(value) or (callable(value) and not isinstance(value, type | BuiltinFunctionType)):
+            words += _calls(value)
+            held = [_attributes(value)]
     return words, held
+
+
+def _attributes(value: Any) -> Any:
+    """The attributes of an object; of a module those that its user gave it, and not whether it is in training."""
+    own = getattr(value, "__dict__", {})
+    if not isinstance(value, nn.Module):
+        return own
+    return {key: one for key, one in own.items() if not key.startswith("_") and key != "training"}
+
+
+def _calls(value: Any) -> list[str]:
+    """The code that runs when an object is called."""
+    runs = [getattr(type(value), method, None) for method in ("__call__", "forward")]
+    return [_code(one.__code__) for one in runs if isinstance(one, FunctionType)]
 
 
 def _name(value: Any) -> str:

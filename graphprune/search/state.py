@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from graphprune.criteria import Scores
 from graphprune.errors import ModelError
@@ -49,8 +50,11 @@ def digest(*parts: bytes | str) -> str:
 
 
 def bytes_of(tensor: Tensor) -> bytes:
-    """The numbers of a tensor as they lie in memory; none of one that holds none."""
-    return b"" if tensor.is_meta else tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    """The numbers of a tensor as they lie in memory; none of one that holds none, or has no such place for them."""
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_nested or is_lazy(tensor):
+        return b""
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return plain.view(torch.uint8).numpy().tobytes()
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -86,11 +87,11 @@ class Trials:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
+        whole = isinstance(self.seed, Integral) and not isinstance(self.seed, bool)
         told = (
             ("space", self.space, isinstance(self.space, Space), "what can be chosen, Space.of(model, inputs)"),
             ("evaluate", self.evaluate, callable(self.evaluate), "a function of a model that returns a number"),
-            ("seed", self.seed, whole and 0 <= self.seed < 1 << 63, "a whole number in [0, 2**63)"),
+            ("seed", self.seed, whole and 0 <= int(self.seed) < 1 << 63, "a whole number in [0, 2**63)"),
         )
         for name, value, holds, what in told:
             if not holds:
@@ -125,7 +126,7 @@ class Trials:
         return {
             "search": search,
             "minimize": self.minimize,
-            "seed": self.seed,
+            "seed": int(self.seed),
             "settings": {**{name: said(value) for name, value in settings.items()}, **self.about},
             "code": self.code or code_of(self.evaluate),
             "model": self.space.fingerprint,

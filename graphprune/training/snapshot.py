@@ -56,7 +56,7 @@ def save_snapshot(
     tensors: dict[str, Tensor] = {}
     state = {
         "optimizer": _kind(optimizer),
-        "options": _plain(optimizer.defaults, tensors, "options"),
+        "options": _plain(_options(optimizer), tensors, "options"),
         "optimizer_state": _plain(optimizer.state_dict(), tensors, "optimizer"),
         "schedule": _kind(schedule),
         "schedule_state": _plain(schedule.state_dict() if schedule else None, tensors, "schedule"),
@@ -122,7 +122,7 @@ def load_snapshot(
         raise ModelError(
             f"{path}: was written with {count} generators of a loader, not {len(generators)}. Use the same loader."
         )
-    for name, value in optimizer.defaults.items():
+    for name, value in _options(optimizer).items():
         if name not in options or options[name] != value:
             was = options.get(name)
             raise ModelError(f"{path}: was written with an optimizer of {name} {was}, not {value}. Use the same one.")
@@ -146,6 +146,16 @@ def load_best(path: Path) -> dict[str, Tensor]:
     if not (path / BEST).is_file():
         raise ModelError(f"{path}: was written without the best weights. Resume it with keep='last'.")
     return read_weights(path / BEST)
+
+
+def _options(optimizer: Optimizer) -> dict[str, Any]:
+    """The numbers and words that an optimizer was made with; a tensor among them may be what a schedule changes."""
+    single = bool | int | float | str | None
+    return {
+        name: value
+        for name, value in optimizer.defaults.items()
+        if isinstance(value, single) or (isinstance(value, tuple) and all(isinstance(one, single) for one in value))
+    }
 
 
 def _load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], path: Path) -> None:
