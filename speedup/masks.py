@@ -144,12 +144,15 @@ class ModelSpeedup:
     def _check(self) -> None:
         """Refuses masks that are none of the model's parameters."""
         own = dict(self._analysis.captured.model.named_parameters(remove_duplicate=False))
+        shapes = {name: tuple(parameter.shape) for name, parameter in own.items()}
+        aliases, read = self._analysis.aliases, self._analysis.parameters
+        shapes |= {name: read[canonical].shape for name, canonical in aliases.items() if canonical in read}
         for name, mask in self._values.items():
-            if name not in own and not self._is_used(name):
+            if name not in shapes:
                 raise PlanError(
                     f"{name}: is masked, but the model has no parameter of that name. Name one that it has."
                 )
-            shape = tuple(own[name].shape) if name in own else self._analysis.parameters[name].shape
+            shape = shapes[name]
             if tuple(mask.shape) != shape:
                 raise PlanError(
                     f"{name}: the mask has shape {tuple(mask.shape)}, the parameter {shape}. Give masks of its shape."
