@@ -160,9 +160,10 @@ class Movement:
         """
         self._model, self._weights, self._keep = model, weights, keep
         self._begin, self._end, self._threshold, self._penalty = begin, end, threshold, penalty
+        kinds = {name: torch.promote_types(weight.dtype, torch.float32) for name, weight in weights.items()}
+        # the eps of Adam is zero in half
         self.scores = {
-            name: nn.Parameter(torch.zeros_like(weight, dtype=_single(weight.dtype)))
-            for name, weight in weights.items()
+            name: nn.Parameter(torch.zeros_like(weight, dtype=kinds[name])) for name, weight in weights.items()
         }
         self.steps = 0
         self._before = {name: mask for name, mask in attached_masks(model).items() if name in weights}
@@ -247,11 +248,6 @@ class Movement:
                 mask.grad = None
         self._optimizer.step()
         attach_masks(self._model, self.masks())
-
-
-def _single(kind: torch.dtype) -> torch.dtype:
-    """Single precision at least: the eps of Adam is zero in half."""
-    return torch.promote_types(kind, torch.float32)
 
 
 _LEAST = 0.005

@@ -56,8 +56,7 @@ def reach(space: Space, wish: Shares, left: float, of: Measure, state: State) ->
             middle = (low + high) / 2
             low, high = (low, middle) if enough(some(middle)) else (middle, high)
         return some(high)
-    least = space.left(space.live(further(1.0), state), of)
-    raise out_of_reach(left, of, least)
+    raise out_of_reach(left, of, space.left(space.live(further(1.0), state), of))
 
 
 def check_reachable(space: Space, left: float, of: Measure) -> None:
